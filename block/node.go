@@ -1,0 +1,159 @@
+package block
+
+import "sync"
+
+// A Node is an opened driver in a graph.
+type Node struct {
+	graph  *Graph
+	name   string
+	driver *Driver
+	config *Config // effective
+
+	// Set once, before the node can be found.
+	inst       Instance
+	limits     Limits
+	zeroer     Zeroer
+	discarder  Discarder
+	status     StatusReporter
+	locator    Locator
+	prefetcher Prefetcher
+	truncater  Truncater
+	permitter  Permitter
+
+	cow *Edge // the child that is read where this node holds nothing; changes only while drained
+
+	// Guarded by Graph.mu.
+	refs         int
+	parents      []*Edge
+	children     []*Edge
+	quiesce      int
+	perm, shared Perm // what the parents hold and share in sum
+
+	stats [NumShards]nodeCell
+
+	rmu    sync.Mutex // guards writes
+	writes writeRanges
+}
+
+func (n *Node) setInstance(inst Instance) {
+	n.inst = inst
+	n.limits = inst.Limits()
+	if n.limits.RequestAlignment == 0 {
+		n.limits.RequestAlignment = 1
+	}
+	n.zeroer, _ = inst.(Zeroer)
+	n.discarder, _ = inst.(Discarder)
+	n.status, _ = inst.(StatusReporter)
+	n.locator, _ = inst.(Locator)
+	n.prefetcher, _ = inst.(Prefetcher)
+	n.truncater, _ = inst.(Truncater)
+	n.permitter, _ = inst.(Permitter)
+}
+
+// Name is the node name, unique in the graph.
+func (n *Node) Name() string { return n.name }
+
+// Driver is the driver that opened the node.
+func (n *Node) Driver() *Driver { return n.driver }
+
+// Instance is the opened driver; use it for its optional interfaces, never for requests.
+func (n *Node) Instance() Instance { return n.inst }
+
+// Config is the effective configuration. It must not be changed.
+func (n *Node) Config() *Config { return n.config }
+
+// Graph is the graph that the node belongs to.
+func (n *Node) Graph() *Graph { return n.graph }
+
+// ReadOnly tells whether the node refuses writes.
+func (n *Node) ReadOnly() bool { return n.config.ReadOnly }
+
+// Size is the length in bytes, exact.
+func (n *Node) Size() int64 { return n.inst.Size() }
+
+// Limits are the node's abilities and constraints.
+func (n *Node) Limits() Limits { return n.limits }
+
+// Children lists the edges to the children in the order in which they were opened.
+func (n *Node) Children() []*Edge {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return append([]*Edge(nil), n.children...)
+}
+
+// Child returns the edge called name, or nil.
+func (n *Node) Child(name string) *Edge {
+	for _, e := range n.Children() {
+		if e.name == name {
+			return e
+		}
+	}
+	return nil
+}
+
+// Quiesced tells how many drained sections the node is in.
+func (n *Node) Quiesced() int {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.quiesce
+}
+
+// reaches tells whether other is below n. Graph.mu is held.
+func (n *Node) reaches(other *Node) bool {
+	for _, e := range n.children {
+		if e.child == other || e.child.reaches(other) {
+			return true
+		}
+	}
+	return false
+}
+
+// eachRoot calls f for the roots above n, once for each way up. Graph.mu is held.
+func (n *Node) eachRoot(f func(*Root)) {
+	for _, e := range n.parents {
+		if e.root != nil {
+			f(e.root)
+		} else {
+			e.parent.eachRoot(f)
+		}
+	}
+}
+
+// An Edge joins a parent, a node or a [Root], to a child. Its request methods may
+// be called in parallel.
+type Edge struct {
+	parent *Node // nil for a root
+	root   *Root // nil for a child of a node
+	child  *Node // changes only while drained
+	name   string
+	role   Role
+
+	perm   atomicPerm // read by requests, written under Graph.mu
+	shared Perm       // guarded by Graph.mu
+}
+
+// Node is the child.
+func (e *Edge) Node() *Node { return e.child }
+
+// Name is the child's name for its parent: "file", "backing", "root".
+func (e *Edge) Name() string { return e.name }
+
+// Role says what the child is to its parent.
+func (e *Edge) Role() Role { return e.role }
+
+// Perm is what the parent holds on the child.
+func (e *Edge) Perm() Perm { return e.perm.load() }
+
+// Size is the length of the child in bytes, exact.
+func (e *Edge) Size() int64 { return e.child.inst.Size() }
+
+// Limits are the child's abilities and constraints.
+func (e *Edge) Limits() Limits { return e.child.limits }
+
+// user names the parent in error texts (rule G12).
+func (e *Edge) user() string {
+	if e.root != nil {
+		return e.root.user
+	}
+	return "node '" + e.parent.name + "'"
+}

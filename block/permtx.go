@@ -1,0 +1,145 @@
+package block
+
+import (
+	"fmt"
+	"sync/atomic"
+)
+
+type atomicPerm struct{ v atomic.Uint32 }
+
+func (p *atomicPerm) load() Perm   { return Perm(p.v.Load()) }
+func (p *atomicPerm) store(q Perm) { p.v.Store(uint32(q)) }
+
+// A permTx changes the permissions of the edges below a node: check everything,
+// then commit, or abort to exactly the graph before (rule G14).
+type permTx struct {
+	edges   []savedEdge
+	checked []*Node // whose Permitter was asked
+	grants  []grant
+}
+
+type savedEdge struct {
+	edge         *Edge
+	perm, shared Perm
+}
+
+type grant struct {
+	node         *Node
+	perm, shared Perm
+}
+
+func (tx *permTx) set(e *Edge, perm, shared Perm) {
+	tx.edges = append(tx.edges, savedEdge{e, e.perm.load(), e.shared})
+	e.perm.store(perm)
+	e.shared = shared
+}
+
+func (tx *permTx) abort() {
+	for i := len(tx.checked) - 1; i >= 0; i-- {
+		tx.checked[i].permitter.AbortPerm()
+	}
+	for i := len(tx.edges) - 1; i >= 0; i-- {
+		s := tx.edges[i]
+		s.edge.perm.store(s.perm)
+		s.edge.shared = s.shared
+	}
+}
+
+func (tx *permTx) commit() {
+	for _, g := range tx.grants {
+		g.node.perm, g.node.shared = g.perm, g.shared
+		if g.node.permitter != nil {
+			g.node.permitter.SetPerm(g.perm, g.shared)
+		}
+	}
+}
+
+// updatePerms recomputes the permissions of all edges below start after its
+// parents changed. added, if not nil, is a new edge to start. Graph.mu is held.
+func (g *Graph) updatePerms(start *Node, added *Edge) error {
+	tx := new(permTx)
+	if added != nil {
+		perm, shared := added.wanted()
+		tx.set(added, perm, shared)
+	}
+	for _, n := range topological(start) {
+		if err := tx.check(n); err != nil {
+			tx.abort()
+			return err
+		}
+	}
+	tx.commit()
+	return nil
+}
+
+// wanted is what an edge needs and shares, given what its parent's parents hold now.
+func (e *Edge) wanted() (perm, shared Perm) {
+	if e.root != nil {
+		return e.root.perm, e.root.shared
+	}
+	perm, shared = e.parent.cumulative()
+	return childPerm(e.role, !e.parent.config.ReadOnly, e.child.config.NoIO, e.child.config.ForceShare, perm, shared)
+}
+
+// cumulative sums up what the parents hold and share.
+func (n *Node) cumulative() (perm, shared Perm) {
+	shared = PermAll
+	for _, e := range n.parents {
+		perm |= e.perm.load()
+		shared &= e.shared
+	}
+	return perm, shared
+}
+
+// check verifies n's parents against each other and the node, asks the driver, and moves on the edges to n's children.
+func (tx *permTx) check(n *Node) error {
+	for _, a := range n.parents {
+		for _, b := range n.parents {
+			if a == b {
+				continue
+			}
+			if clash := b.perm.load() &^ a.shared; clash != 0 {
+				return fmt.Errorf("%w: Permission conflict on node '%s': permissions '%s' are both required by %s (uses node '%s' as '%s' child) and unshared by %s (uses node '%s' as '%s' child).",
+					ErrBusy, n.name, clash, b.user(), n.name, b.name, a.user(), n.name, a.name)
+			}
+		}
+	}
+	perm, shared := n.cumulative()
+	if n.config.ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
+		return fmt.Errorf("%w: Block node '%s' is read-only", ErrReadOnly, n.name)
+	}
+	if n.permitter != nil {
+		if err := n.permitter.CheckPerm(perm, shared); err != nil {
+			return err
+		}
+		tx.checked = append(tx.checked, n)
+	}
+	tx.grants = append(tx.grants, grant{n, perm, shared})
+	for _, e := range n.children {
+		perm, shared := e.wanted()
+		tx.set(e, perm, shared)
+	}
+	return nil
+}
+
+// topological lists start and the nodes below it, parents before children.
+func topological(start *Node) []*Node {
+	var order []*Node
+	seen := make(map[*Node]bool)
+	var visit func(*Node)
+	visit = func(n *Node) {
+		if seen[n] {
+			return
+		}
+		seen[n] = true
+		for _, e := range n.children {
+			visit(e.child)
+		}
+		order = append(order, n)
+	}
+	visit(start)
+	for i, j := 0, len(order)-1; i < j; i, j = i+1, j-1 {
+		order[i], order[j] = order[j], order[i]
+	}
+	return order
+}

@@ -1,0 +1,313 @@
+package block
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// RootConfig describes a root.
+type RootConfig struct {
+	User   string // who it is, for error texts: "export 'disk0'"
+	Node   *Node
+	Perm   Perm // what the user needs
+	Shared Perm // what others may hold meanwhile
+	// WriteThrough makes every write durable before it returns.
+	WriteThrough bool
+}
+
+// A Root is an edge without a parent node: the point where requests enter the
+// graph, are admitted and counted.
+//
+// Its request methods, which are those of [Edge], may be called in parallel, but
+// only between [Lane.Begin] and [Lane.End] or inside [Root.Do].
+//
+// The size of a root is that of its node rounded up to the request alignment:
+// the bytes past the node's end read as zero, and writing anything but zeroes
+// there is refused with [ErrReadOnly].
+type Root struct {
+	edge         Edge
+	user         string
+	perm, shared Perm
+	writeFlags   ReqFlags // added to each write
+	graph        *Graph
+
+	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
+	// admit by the epoch's lowest bit, see [Node.Grace].
+	state    atomic.Uint64
+	watchers atomic.Int32 // somebody waits on changed
+
+	quiesce int   // guarded by Graph.mu
+	self    *Lane // of Do
+
+	mu      sync.Mutex
+	lanes   map[*Lane]struct{}
+	changed chan struct{} // closed and replaced when something that a watcher waits for happened
+}
+
+const gateClosed = 1
+
+// AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
+// It fails if the permissions conflict with those of other users, naming both.
+func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
+	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
+	if cfg.WriteThrough {
+		r.writeFlags = FUA
+	}
+	r.edge = Edge{root: r, child: cfg.Node, name: "root", role: RoleFiltered | RolePrimary}
+	r.self = r.NewLane(0, nil)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.attach(&r.edge); err != nil {
+		return nil, err
+	}
+	cfg.Node.refs++
+	g.roots[r] = struct{}{}
+	return r, nil
+}
+
+// Detach waits until nothing is in flight, flushes if the root could write, and
+// takes the root away. ctx bounds the wait only; if it ends, the root stays.
+func (r *Root) Detach(ctx context.Context) error {
+	if err := r.waitIdle(ctx); err != nil {
+		return err
+	}
+	var err error
+	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
+		err = r.edge.Flush(ctx)
+	}
+	r.graph.mu.Lock()
+	delete(r.graph.roots, r)
+	r.graph.mu.Unlock()
+	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+}
+
+// Node is the node below the root.
+func (r *Root) Node() *Node { return r.edge.child }
+
+// User says who the root belongs to.
+func (r *Root) User() string { return r.user }
+
+// Limits are the node's abilities and constraints.
+func (r *Root) Limits() Limits { return r.edge.child.limits }
+
+// Size is the node's size rounded up to the request alignment, in bytes.
+func (r *Root) Size() int64 {
+	a := r.edge.child.limits.RequestAlignment
+	return (r.edge.Size() + a - 1) &^ (a - 1)
+}
+
+// Drained tells whether the gate is closed.
+func (r *Root) Drained() bool { return r.state.Load()&gateClosed != 0 }
+
+// InFlight is the number of requests admitted and not ended.
+func (r *Root) InFlight() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var n int64
+	for l := range r.lanes {
+		n += l.InFlight()
+	}
+	return n
+}
+
+// An Admission is one admitted request.
+type Admission uint8
+
+// A Lane admits the requests of one connection. Begin and End may be called in parallel.
+type Lane struct {
+	_        [64]byte
+	inflight [2]atomic.Int64 // by the lowest bit of the epoch of admission
+	refused  atomic.Bool
+	root     *Root
+	shard    Shard
+	resume   func()
+	_        [64]byte
+}
+
+// NewLane adds a lane. resume, which may be nil, is called without locks when the
+// gate has opened and a Begin had been refused since the last call; it must not block.
+func (r *Root) NewLane(shard Shard, resume func()) *Lane {
+	l := &Lane{root: r, shard: shard, resume: resume}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lanes[l] = struct{}{}
+	return l
+}
+
+// Close takes the lane away, after its last End.
+func (l *Lane) Close() {
+	l.root.mu.Lock()
+	defer l.root.mu.Unlock()
+	delete(l.root.lanes, l)
+}
+
+// Context returns a context for the requests of the lane. Make it once.
+func (l *Lane) Context(ctx context.Context) context.Context { return WithShard(ctx, l.shard) }
+
+// Shard is the lane's shard of sharded counters.
+func (l *Lane) Shard() Shard { return l.shard }
+
+// InFlight is the number of requests of this lane admitted and not ended.
+func (l *Lane) InFlight() int64 { return l.inflight[0].Load() + l.inflight[1].Load() }
+
+// Begin admits a request. false means that the root is drained: the request must
+// wait, in order, until resume is called.
+func (l *Lane) Begin() (Admission, bool) {
+	r := l.root
+	for {
+		s := r.state.Load()
+		if s&gateClosed != 0 {
+			l.refused.Store(true)
+			if r.state.Load()&gateClosed != 0 {
+				return 0, false
+			}
+			continue // it opened meanwhile; a resume too many does no harm
+		}
+		a := Admission(s >> 1 & 1)
+		l.inflight[a].Add(1)
+		// Whoever changes the state looks at the counts afterwards, so either it sees
+		// this request or the request sees the change.
+		if r.state.Load() == s {
+			return a, true
+		}
+		l.End(a)
+	}
+}
+
+// End says that an admitted request has ended.
+func (l *Lane) End(a Admission) {
+	if l.inflight[a].Add(-1) == 0 && l.root.watchers.Load() != 0 {
+		l.root.notify()
+	}
+}
+
+// Do runs f as one admitted request, for tools and jobs. It waits while the root is
+// drained; ctx ends that wait only.
+func (r *Root) Do(ctx context.Context, f func(ctx context.Context) error) error {
+	var a Admission
+	err := r.watch(ctx, func() bool {
+		var ok bool
+		a, ok = r.self.Begin()
+		return ok
+	})
+	if err != nil {
+		return err
+	}
+	defer r.self.End(a)
+	return f(ctx)
+}
+
+// notify wakes all watchers.
+func (r *Root) notify() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// watch waits until done says true; it is asked again whenever a lane becomes idle
+// or the gate moves.
+func (r *Root) watch(ctx context.Context, done func() bool) error {
+	if done() {
+		return nil
+	}
+	r.watchers.Add(1)
+	defer r.watchers.Add(-1)
+	for {
+		r.mu.Lock()
+		changed := r.changed
+		r.mu.Unlock()
+		if done() {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (r *Root) waitIdle(ctx context.Context) error {
+	err := r.watch(ctx, func() bool { return r.InFlight() == 0 })
+	if err != nil {
+		return fmt.Errorf("%s still has %d requests in flight: %w", r.user, r.InFlight(), err)
+	}
+	return nil
+}
+
+// inflightOf counts what was admitted in epochs of the parity of epoch.
+func (r *Root) inflightOf(epoch uint64) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var n int64
+	for l := range r.lanes {
+		n += l.inflight[epoch&1].Load()
+	}
+	return n
+}
+
+// passed tells whether all requests that were admitted in epoch or before have
+// ended, moving the epoch on as far as that needs. It may be called in parallel.
+func (r *Root) passed(epoch uint64) bool {
+	for {
+		s := r.state.Load()
+		now := s >> 1
+		if now >= epoch+2 {
+			return true
+		}
+		// Requests of the epoch before now share the other count.
+		if now == epoch {
+			if r.inflightOf(now-1) != 0 {
+				return false
+			}
+			r.state.CompareAndSwap(s, s+2)
+			continue
+		}
+		return r.inflightOf(epoch) == 0
+	}
+}
+
+// A Grace is a moment whose requests may still be in flight.
+type Grace struct {
+	roots  []*Root
+	epochs []uint64
+}
+
+// Grace notes which requests are in flight at the roots above n now. A driver
+// that took a host offset away from its tables reuses it only when they have
+// ended: until then one of them may still read or write there.
+func (n *Node) Grace() *Grace {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	g := new(Grace)
+	n.eachRoot(func(r *Root) {
+		g.roots = append(g.roots, r)
+		g.epochs = append(g.epochs, r.state.Load()>>1)
+	})
+	return g
+}
+
+// Passed tells whether all those requests have ended. It does not wait.
+func (g *Grace) Passed() bool {
+	for i, r := range g.roots {
+		if !r.passed(g.epochs[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+// Wait waits until all those requests have ended.
+func (g *Grace) Wait(ctx context.Context) error {
+	for i, r := range g.roots {
+		if err := r.watch(ctx, func() bool { return r.passed(g.epochs[i]) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
