@@ -21,7 +21,7 @@ func (r *Root) ReadAt(ctx context.Context, p []byte, off int64) error {
 		return err
 	}
 	clear(p[n:])
-	if n == 0 && len(p) > 0 {
+	if n == 0 {
 		return nil
 	}
 	return r.edge.ReadAt(ctx, p[:n], off)
@@ -37,7 +37,7 @@ func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 		if !IsZero(p[n:]) {
 			return r.edge.child.fail("write", off+n, int64(len(p))-n, ErrReadOnly)
 		}
-		if n == 0 && len(p) > 0 {
+		if n == 0 {
 			return nil
 		}
 		p = p[:n]

@@ -57,6 +57,9 @@ func (e *Edge) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := n.readable(off, int64(len(p))); err != nil {
 		return n.fail("read", off, int64(len(p)), err)
 	}
+	if len(p) == 0 {
+		return nil
+	}
 	n.countRead(ShardOf(ctx), int64(len(p)))
 	return n.fail("read", off, int64(len(p)), n.read(ctx, p, off))
 }
@@ -114,7 +117,10 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 	if err := e.writable(off, length, flags); err != nil {
 		return n.fail("write", off, length, err)
 	}
-	if n.config.DetectZeroes != DetectZeroesOff && length > 0 && IsZero(p) {
+	if length == 0 {
+		return nil
+	}
+	if n.config.DetectZeroes != DetectZeroesOff && IsZero(p) {
 		zf := flags & FUA
 		if n.config.DetectZeroes == DetectZeroesUnmap {
 			zf |= MayUnmap
@@ -133,9 +139,6 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 		return n.writeAligned(ctx, p, off, flags)
 	}
 	length := int64(len(p))
-	if length == 0 {
-		return nil
-	}
 	head, tail := off&^(a-1), (off+length+a-1)&^(a-1)
 	serial := (off|length)&(a-1) != 0
 	w := n.beginWrite(head, tail-head, serial)
@@ -212,6 +215,9 @@ func (e *Edge) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlag
 	n := e.child
 	if err := e.writable(off, length, flags); err != nil {
 		return n.fail("zero", off, length, err)
+	}
+	if length == 0 {
+		return nil
 	}
 	if !n.config.Unmap {
 		flags &^= MayUnmap
@@ -292,7 +298,7 @@ func (e *Edge) Discard(ctx context.Context, off, length int64) error {
 		return n.fail("discard", off, length, err)
 	}
 	n.stats[ShardOf(ctx)%NumShards].discards.Add(1)
-	if !n.config.Unmap || n.discarder == nil {
+	if !n.config.Unmap || n.discarder == nil || length == 0 {
 		return nil
 	}
 	return n.fail("discard", off, length, n.discard(ctx, off, length))
