@@ -121,17 +121,21 @@ func (e L2Entry) Check(h *Header) error {
 		}
 		return nil
 	}
-	reserved := uint64(l2Reserved)
-	if h.Version == 2 || h.Incompatible&IncompatExtendedL2 != 0 {
-		reserved |= entryZero
-	}
-	if r := uint64(e) & reserved; r != 0 {
+	if r := uint64(e) & l2ReservedBits(h); r != 0 {
 		return corrupt("L2 entry 0x%016x has reserved bits 0x%x set", uint64(e), r)
 	}
 	if e.Offset()&(h.ClusterSize()-1) != 0 {
 		return corrupt("cluster offset 0x%x is not a multiple of the cluster size %d", e.Offset(), h.ClusterSize())
 	}
 	return nil
+}
+
+// l2ReservedBits are the bits that must be zero in an entry that is not compressed.
+func l2ReservedBits(h *Header) uint64 {
+	if h.Version == 2 || h.Incompatible&IncompatExtendedL2 != 0 {
+		return l2Reserved | entryZero
+	}
+	return l2Reserved
 }
 
 // RefcountMax is the largest refcount of 1<<order bits.

@@ -31,6 +31,12 @@ const (
 	MaxHostOffset = 1 << 56
 )
 
+// Where fields lie that are changed in place.
+const (
+	headerOffRefcountTable = 48 // offset and clusters, 12 bytes
+	headerOffIncompatible  = 72
+)
+
 // Lengths of the header.
 const (
 	headerLenV2    = 72
