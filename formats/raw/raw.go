@@ -1,0 +1,232 @@
+// Package raw is the format driver "raw": the bytes of a file or device as they
+// are, or a window of them.
+package raw
+
+import (
+	"context"
+	"fmt"
+	"math"
+
+	"github.com/nbdserve/nbdserve/block"
+)
+
+// probeSize is how much of an image tells its format, in bytes (rule G8).
+const probeSize = 512
+
+// Options select a window of the file. The zero value is the whole file.
+type Options struct {
+	Offset int64 // bytes at the start that do not belong to the image; not negative
+	Size   int64 // length of the image in bytes; 0: up to the end of the file, also when that grows
+}
+
+// Driver returns the driver "raw". It has one child, "file".
+//
+// probe tells which format the first 512 bytes of an image look like. It guards
+// images whose format was guessed (Config.Probed): there a write that would make
+// the next guess come out as something else than "raw" fails with EPERM, because
+// a guest could have the host read any file as a backing file that way.
+func Driver(probe func(head []byte) string) *block.Driver {
+	return &block.Driver{
+		Name:       "raw",
+		Kind:       block.Format,
+		NewOptions: func() any { return new(Options) },
+		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
+			n, err := open(ctx, o, probe)
+			if err != nil {
+				return nil, err
+			}
+			return n, nil
+		},
+	}
+}
+
+// A node is an open image. All its fields but the edge's state are fixed.
+type node struct {
+	file   *block.Edge
+	offset int64
+	size   int64                    // 0: up to the end of the file
+	probe  func(head []byte) string // nil: the first sector may become anything
+	limits block.Limits
+}
+
+var (
+	_ block.Instance       = (*node)(nil)
+	_ block.Zeroer         = (*node)(nil)
+	_ block.Discarder      = (*node)(nil)
+	_ block.StatusReporter = (*node)(nil)
+	_ block.Locator        = (*node)(nil)
+	_ block.Prefetcher     = (*node)(nil)
+	_ block.Truncater      = (*node)(nil)
+)
+
+func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*node, error) {
+	opts, ok := o.Config.Options.(*Options)
+	if !ok {
+		return nil, fmt.Errorf("the 'raw' block driver takes options of type *raw.Options, not %T", o.Config.Options)
+	}
+	if opts.Offset < 0 || opts.Size < 0 {
+		return nil, fmt.Errorf("Offset (%d) and size (%d) cannot be negative: %w", opts.Offset, opts.Size, block.ErrInvalid)
+	}
+	role := block.RoleFiltered | block.RolePrimary
+	if *opts != (Options{}) {
+		role = block.RoleData | block.RolePrimary
+	}
+	file, err := o.OpenChild(ctx, "file", role, nil)
+	if err != nil {
+		return nil, err
+	}
+	size := file.Size()
+	if opts.Offset > size {
+		return nil, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", opts.Offset, size)
+	}
+	if opts.Size > size-opts.Offset {
+		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the actual size of the containing file (%d)",
+			opts.Offset, opts.Size, size)
+	}
+	n := &node{file: file, offset: opts.Offset, size: opts.Size}
+	if o.Config.Probed {
+		n.probe = probe
+	}
+	n.limits = n.limitsOf(file.Limits())
+	return n, nil
+}
+
+// limitsOf are the child's, as seen through the window.
+func (n *node) limitsOf(l block.Limits) block.Limits {
+	// The child's seam takes what flags and alignments there are, and pads.
+	l.WriteFlags = block.FUA
+	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback
+	if n.offset%l.RequestAlignment != 0 {
+		l.RequestAlignment = n.offset & -n.offset
+	}
+	if n.probe != nil {
+		l.RequestAlignment = max(l.RequestAlignment, probeSize)
+	}
+	// Guest blocks do not fall on blocks of the device.
+	if n.offset%max(1, l.DiscardAlignment) != 0 {
+		l.DiscardAlignment = 0
+	}
+	if n.offset%max(1, l.ZeroAlignment) != 0 {
+		l.ZeroAlignment = 0
+	}
+	return l
+}
+
+// Size implements [block.Instance].
+func (n *node) Size() int64 {
+	if n.size > 0 {
+		return n.size
+	}
+	return max(0, n.file.Size()-n.offset)
+}
+
+// Limits implements [block.Instance].
+func (n *node) Limits() block.Limits { return n.limits }
+
+// Flush implements [block.Instance].
+func (n *node) Flush(ctx context.Context) error { return n.file.Flush(ctx) }
+
+// Close implements [block.Instance].
+func (n *node) Close(context.Context) error { return nil }
+
+// clip tells how much of length bytes at off lies before the end. The rest is
+// padding up to the request alignment.
+func (n *node) clip(off, length int64) int64 { return max(0, min(length, n.Size()-off)) }
+
+// room tells how much of a write of length bytes at off is to be done: not the
+// padding of the last block. A window cannot grow.
+func (n *node) room(off, length int64) (int64, error) {
+	inside := n.clip(off, length)
+	if inside == length {
+		return length, nil
+	}
+	a := n.limits.RequestAlignment
+	if off+length <= (n.Size()+a-1)&^(a-1) {
+		return inside, nil
+	}
+	if n.size > 0 {
+		return 0, fmt.Errorf("the image is a window of fixed size, %d bytes: %w", n.size, block.ErrNoSpace)
+	}
+	return length, nil
+}
+
+// ReadAt implements [block.Instance].
+func (n *node) ReadAt(ctx context.Context, p []byte, off int64) error {
+	inside := n.clip(off, int64(len(p)))
+	clear(p[inside:])
+	if inside == 0 {
+		return nil
+	}
+	return n.file.ReadAt(ctx, p[:inside], n.offset+off)
+}
+
+// WriteAt implements [block.Instance].
+func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.ReqFlags) error {
+	// Requests are aligned to the probed sector, so they hold all of it or nothing.
+	if n.probe != nil && off == 0 && len(p) > 0 {
+		if format := n.probe(p[:min(len(p), probeSize)]); format != "raw" {
+			return &probeError{format}
+		}
+	}
+	inside, err := n.room(off, int64(len(p)))
+	if err != nil || inside == 0 {
+		return err
+	}
+	return n.file.WriteAt(ctx, p[:inside], n.offset+off, flags)
+}
+
+// A probeError refuses a write that would turn a guessed raw image into something else.
+type probeError struct{ format string }
+
+func (e *probeError) Error() string {
+	return fmt.Sprintf("write would make the first sector look like format '%s', and the format of the image was guessed to be raw; name the format to allow this", e.format)
+}
+
+func (e *probeError) Unwrap() error { return block.ErrPermission }
+
+// WriteZeroes implements [block.Zeroer].
+func (n *node) WriteZeroes(ctx context.Context, off, length int64, flags block.ReqFlags) error {
+	inside, err := n.room(off, length)
+	if err != nil || inside == 0 {
+		return err
+	}
+	return n.file.WriteZeroes(ctx, n.offset+off, inside, flags)
+}
+
+// Discard implements [block.Discarder].
+func (n *node) Discard(ctx context.Context, off, length int64) error {
+	inside := n.clip(off, length)
+	if inside == 0 {
+		return nil
+	}
+	return n.file.Discard(ctx, n.offset+off, inside)
+}
+
+// Prefetch implements [block.Prefetcher].
+func (n *node) Prefetch(ctx context.Context, off, length int64) error {
+	return n.file.Prefetch(ctx, n.offset+off, n.clip(off, length))
+}
+
+// BlockStatus implements [block.StatusReporter]. Where the data lies is what the file says.
+func (n *node) BlockStatus(ctx context.Context, off, length int64, precise bool) (block.Extent, error) {
+	x, err := n.file.BlockStatus(ctx, n.offset+off, length, precise)
+	// The end of the file need not be the end of the image; the seam knows that one.
+	x.Flags &^= block.StatusEOF
+	return x, err
+}
+
+// Locate implements [block.Locator].
+func (n *node) Locate(shard block.Shard, off, length int64) block.Location {
+	return n.file.Locate(shard, n.offset+off, length)
+}
+
+// Truncate implements [block.Truncater]. A window of fixed size keeps it.
+func (n *node) Truncate(ctx context.Context, size int64) error {
+	if n.size > 0 {
+		return fmt.Errorf("Cannot resize fixed-size raw disks: %w", block.ErrNotSupported)
+	}
+	if size > math.MaxInt64-n.offset {
+		return fmt.Errorf("Disk size too large for this driver: %w", block.ErrRange)
+	}
+	return n.file.Truncate(ctx, n.offset+size)
+}
