@@ -55,7 +55,12 @@ func (g *Graph) Close(context.Context) error {
 func (g *Graph) Lookup(name string) *Node {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if n := g.nodes[name]; n != nil && n.inst != nil {
+	return g.find(name)
+}
+
+// find is Lookup. A node that is being opened or closed is not found. Graph.mu is held.
+func (g *Graph) find(name string) *Node {
+	if n := g.nodes[name]; n != nil && n.inst != nil && n.refs > 0 {
 		return n
 	}
 	return nil
@@ -67,7 +72,7 @@ func (g *Graph) Nodes() []*Node {
 	defer g.mu.Unlock()
 	var ns []*Node
 	for _, n := range g.nodes {
-		if n.inst != nil {
+		if n.inst != nil && n.refs > 0 {
 			ns = append(ns, n)
 		}
 	}
@@ -104,8 +109,8 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	if cfg.Ref != "" {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		n := g.nodes[cfg.Ref]
-		if n == nil || n.inst == nil {
+		n := g.find(cfg.Ref)
+		if n == nil {
 			return nil, fmt.Errorf("Failed to find node with node-name='%s'", cfg.Ref)
 		}
 		n.refs++
