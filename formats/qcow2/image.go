@@ -1,0 +1,177 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/nbdserve/nbdserve/block"
+)
+
+// An image is the instance of a qcow2 node.
+//
+// Reads, and writes to clusters that are allocated already, take no lock: L1
+// entries and cached L2 entries are atomic words. The locks are, in their order:
+//
+//	flushMu   one writer of metadata at a time (flush.go)
+//	mu        everything below it: the tables' changes, the allocator, what is in
+//	          flight. It is not held while guest data is read or written, nor while
+//	          L2 slices are read or dirty metadata is written; it is held while
+//	          refcount blocks are read and while a new table is zeroed or copied.
+//	pauseMu   whether background work may run (limbo.go)
+//
+// decompressed.mu is on its own.
+type image struct {
+	// Constant after open.
+	node        *block.Node
+	log         *slog.Logger
+	file        *block.Edge
+	backing     *block.Edge // nil: none
+	writable    bool
+	header      *Header // but for the refcount table's place, which mu guards
+	info        *Info
+	size        int64
+	clusterBits uint
+	clusterSize int64
+	l2Bits      uint   // log2 of entries in an L2 table
+	sliceBits   uint   // log2 of entries in a slice of one
+	badBits     uint64 // bits that must not be set in an entry that is not compressed
+	maxDirty    int64  // dirty items from which on writers write metadata themselves
+	broken      orderingRule
+
+	l1           words // active L1 table; written under mu
+	l2           *l2Cache
+	decompressed clusterCache
+	fatal        atomic.Pointer[error] // fatal corruption: what every request returns
+	dirty        atomic.Int64          // metadata items changed or being written
+
+	// fixed knows the metadata of the image but for active L2 tables, which tables knows.
+	fixed, tables *guard
+
+	hits, misses, allocations block.Counter
+
+	flushMu   sync.Mutex
+	begun     atomic.Int64 // rounds of writing metadata begun; changed under flushMu
+	completed int64        // last round that succeeded; guarded by flushMu
+
+	mu        sync.Mutex
+	refs      *refcounts
+	dirtyL1   map[int64]struct{}
+	barrier   bool                     // L2 changes depend on data or refcounts that were not flushed
+	loading   map[uint32]chan struct{} // slices being read; closed at the end
+	inflight  []*allocation
+	allocated sync.Cond // an allocation in flight ended
+	limbo     limbo
+
+	reaper reaper
+}
+
+func (im *image) Size() int64 { return im.size }
+
+func (im *image) Limits() block.Limits {
+	file := im.file.Limits()
+	l := block.Limits{
+		RequestAlignment:  1,
+		MemAlignment:      file.MemAlignment,
+		PreferredTransfer: im.clusterSize,
+		DiscardAlignment:  im.clusterSize,
+		ZeroAlignment:     im.clusterSize,
+		WriteFlags:        block.FUA,
+		ZeroFlags:         block.FUA | block.MayUnmap | block.NoFallback,
+		LogicalBlockSize:  file.LogicalBlockSize,
+		PhysicalBlockSize: file.PhysicalBlockSize,
+		Rotational:        file.Rotational,
+	}
+	return l
+}
+
+// Inspect implements [block.Inspector].
+func (im *image) Inspect() any { return im.info }
+
+// Measurements implements [block.Measurer].
+func (im *image) Measurements() []block.Measurement {
+	counter := func(name, help string, c *block.Counter) block.Measurement {
+		return block.Measurement{Name: name, Help: help, Value: float64(c.Load()), Counter: true}
+	}
+	gauge := func(name, help string, v int64) block.Measurement {
+		return block.Measurement{Name: name, Help: help, Value: float64(v)}
+	}
+	im.mu.Lock()
+	limbo := im.limbo.clusters << im.clusterBits
+	im.mu.Unlock()
+	return []block.Measurement{
+		counter("l2_cache_hits_total", "Lookups of clusters that the L2 cache answered.", &im.hits),
+		counter("l2_cache_misses_total", "Lookups of clusters that had to read an L2 table.", &im.misses),
+		counter("allocations_total", "Host clusters allocated.", &im.allocations),
+		gauge("l2_cache_bytes", "Size of the L2 cache.", im.l2.size()),
+		gauge("metadata_dirty", "Pieces of metadata that are not written yet.", im.dirty.Load()),
+		gauge("limbo_bytes", "Freed host clusters that cannot be reused yet.", limbo),
+	}
+}
+
+// failed returns the error of fatal corruption, if any was found.
+func (im *image) failed() error {
+	if e := im.fatal.Load(); e != nil {
+		return *e
+	}
+	return nil
+}
+
+// corrupted reports invalid metadata. A writable image is marked as corrupt and
+// answers every later request with an error (rule R7); one that is only read goes
+// on (R14). It returns err as an error that wraps [block.ErrCorrupt]. It may be
+// called with im.mu held.
+func (im *image) corrupted(err error) error {
+	if !errors.Is(err, block.ErrCorrupt) {
+		err = fmt.Errorf("%w: %w", block.ErrCorrupt, err)
+	}
+	if !im.writable {
+		return err
+	}
+	all := fmt.Errorf("fatal corruption was found, the node is disabled: %w", err)
+	if !im.fatal.CompareAndSwap(nil, &all) {
+		return err
+	}
+	im.log.Error("qcow2: Marking image as corrupt; further corruption events will be suppressed", "node", im.node.Name(), "error", err)
+	if im.header.Version >= 3 {
+		var b [8]byte
+		binary.BigEndian.PutUint64(b[:], im.header.Incompatible|IncompatCorrupt)
+		werr := im.file.WriteAt(context.Background(), b[:], incompatibleOffset, block.FUA)
+		if werr != nil {
+			im.log.Error("qcow2: the image could not be marked as corrupt", "node", im.node.Name(), "error", werr)
+		}
+	}
+	return err
+}
+
+// Close writes what is cached, frees what is in limbo and stops the background work.
+func (im *image) Close(ctx context.Context) error {
+	var err error
+	if im.writable {
+		im.stopReaper()
+		if im.failed() == nil {
+			err = im.finish(ctx)
+		}
+	}
+	return errors.Join(err, im.releaseMemory())
+}
+
+// finish brings the file to rest. Nothing is in flight.
+func (im *image) finish(ctx context.Context) error {
+	if err := im.flushMetadata(ctx); err != nil {
+		return err
+	}
+	for b := im.nextBatch(); b != nil; b = im.nextBatch() {
+		if err := im.reclaim(ctx, b); err != nil {
+			return err
+		}
+	}
+	return im.flushMetadata(ctx)
+}
+
+// releaseMemory gives the tables' memory back.
+func (im *image) releaseMemory() error { return errors.Join(im.l1.free(), im.l2.entries.free()) }
