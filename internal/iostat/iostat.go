@@ -50,20 +50,20 @@ type opCell struct {
 	buckets                           [NumBuckets]atomic.Int64
 }
 
-// slots is how many slow requests of a connection are tracked with their start.
-const slots = 64
+// NumPlaces is how many running requests of a connection are tracked with their start.
+const NumPlaces = 64
 
-type slot struct {
-	start  atomic.Int64 // ns since the epoch; 0: free
+type place struct {
+	start  atomic.Int64 // ns since 1970; 0: free
 	detail atomic.Uint64
 }
 
 // A Conn counts for one connection. Its methods may be called in parallel and do not allocate.
 type Conn struct {
-	_     [64]byte
-	ops   [NumOps]opCell
-	slots [slots]slot
-	_     [64]byte
+	_      [64]byte
+	ops    [NumOps]opCell
+	places [NumPlaces]place
+	_      [64]byte
 }
 
 // Start counts n requests of op as in flight.
@@ -93,28 +93,30 @@ func (c *Conn) FinishInline(op Op, k, n int64, d time.Duration) {
 	o.ok.Add(k)
 }
 
-// A Mark names a tracked request.
-type Mark int8
-
-// Track notes a request that may take long, for the age of the oldest one and for
-// logs. Where all places are taken the request is not tracked.
-func (c *Conn) Track(op Op, off int64, start time.Time) Mark {
-	ns := start.UnixNano()
-	for i := range c.slots {
-		s := &c.slots[i]
-		if s.start.Load() == 0 && s.start.CompareAndSwap(0, ns) {
-			s.detail.Store(uint64(off)<<4 | uint64(op))
-			return Mark(i)
-		}
-	}
-	return -1
+// Track notes that a request of op at byte off runs since start, in ns since 1970,
+// for the age of the oldest one and for logs. Each of the places 0 to NumPlaces-1
+// belongs to one caller at a time and holds one request.
+func (c *Conn) Track(i int, op Op, off, start int64) {
+	p := &c.places[i]
+	p.detail.Store(uint64(off)<<4 | uint64(op))
+	p.start.Store(start)
 }
 
-// Untrack forgets a request.
-func (c *Conn) Untrack(m Mark) {
-	if m >= 0 {
-		c.slots[m].start.Store(0)
+// Untrack frees a place.
+func (c *Conn) Untrack(i int) { c.places[i].start.Store(0) }
+
+// slow appends the tracked requests to list.
+func (c *Conn) slow(list []Slow) []Slow {
+	for i := range c.places {
+		p := &c.places[i]
+		ns := p.start.Load()
+		d := p.detail.Load()
+		// The place may have been given to another request between the two.
+		if ns != 0 && p.start.Load() == ns {
+			list = append(list, Slow{Op: Op(d & 15), Off: int64(d >> 4), Since: time.Unix(0, ns)})
+		}
 	}
+	return list
 }
 
 // A Slow request is one that has been in flight for a while.
@@ -198,12 +200,18 @@ func (e *Export) Snapshot() Snapshot {
 		for op := range s.Ops {
 			s.Ops[op].add(&c.ops[op])
 		}
-		for i := range c.slots {
-			if ns := c.slots[i].start.Load(); ns != 0 {
-				d := c.slots[i].detail.Load()
-				s.Slow = append(s.Slow, Slow{Op: Op(d & 15), Off: int64(d >> 4), Since: time.Unix(0, ns)})
-			}
-		}
+		s.Slow = c.slow(s.Slow)
 	}
 	return s
+}
+
+// Slow lists the tracked requests of all connections. It may be called in parallel with requests.
+func (e *Export) Slow() []Slow {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var list []Slow
+	for c := range e.conns {
+		list = c.slow(list)
+	}
+	return list
 }

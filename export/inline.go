@@ -1,0 +1,113 @@
+package export
+
+import (
+	"errors"
+	"time"
+
+	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/internal/iostat"
+)
+
+// errCut ends the reader of a connection that was cut.
+var errCut = errors.New("cut")
+
+// inlineMax is the longest READ that the reader answers itself, in bytes.
+const inlineMax = 64 << 10
+
+// An inline holds the answers that the reader gives itself and has not sent yet.
+type inline struct {
+	now   time.Duration // when the reader last received, on the server's clock
+	buf   []byte        // of txSize, or nil
+	used  int           // bytes of answers in buf
+	count int64         // requests answered there
+	bytes int64         // read for them
+
+	rejections batch // scratch
+}
+
+// takes tells whether the reader should try to answer r itself.
+func (in *inline) takes(r *request) bool {
+	return r.cmd == cmdRead && r.length > 0 && r.length <= inlineMax
+}
+
+// rest gives the memory back.
+func (in *inline) rest() {
+	if in.buf != nil && in.used == 0 {
+		block.PutBuffer(in.buf)
+		in.buf = nil
+	}
+}
+
+// answerInline answers an admitted READ of 1 to inlineMax bytes if the data can be
+// had without waiting.
+func (c *conn) answerInline(r *request) bool {
+	in := &c.in
+	n := int(r.length)
+	if in.used+dataChunkSize+n > txSize {
+		c.sendInline()
+	}
+	if in.buf == nil {
+		in.buf = block.GetBuffer(txSize)
+	}
+	head := simpleSize
+	if c.structured {
+		head = dataChunkSize
+	}
+	out := in.buf[in.used : in.used : in.used+head+n]
+	data := in.buf[in.used+head:][:n]
+	for done := 0; done < n; {
+		l := c.root.Locate(c.shard, r.off+int64(done), int64(n-done))
+		part := data[done:][:l.Length]
+		switch l.Kind {
+		case block.LocateZero:
+			if len(part) == n && c.structured && r.flags&flagDF == 0 && n >= holeChunkSize {
+				appendHole(out, chunkDone, r.cookie, r.off, n)
+				in.took(holeChunkSize, n)
+				return true
+			}
+			clear(part)
+		case block.LocateData:
+			if l.File.ReadNowait(part, l.Offset) < len(part) {
+				return false
+			}
+		default:
+			return false
+		}
+		done += len(part)
+	}
+	if c.structured {
+		appendData(out, chunkDone, r.cookie, r.off, n)
+	} else {
+		appendSimple(out, r.cookie, 0)
+	}
+	in.took(head+n, n)
+	return true
+}
+
+func (in *inline) took(bytes, data int) {
+	in.used += bytes
+	in.count++
+	in.bytes += int64(data)
+}
+
+// sendInline sends the answers that the reader has given, after what others have
+// ready. If somebody is sending already, they are left to that one.
+func (c *conn) sendInline() {
+	in := &c.in
+	if in.count == 0 {
+		return
+	}
+	now := c.s.now()
+	c.stat.FinishInline(iostat.Read, in.count, in.bytes, now-in.now)
+	if !c.out.direct(in.buf[:in.used]) {
+		b := &in.rejections
+		b.add(in.buf[:in.used], in.buf)
+		b.requests, b.bytes = in.count, txSize
+		c.budget.requests.Add(in.count)
+		c.budget.charge(txSize)
+		in.buf = nil
+		c.out.put(b)
+		c.out.flush()
+	}
+	in.used, in.count, in.bytes = 0, 0, 0
+}

@@ -1,0 +1,305 @@
+package export
+
+import (
+	"time"
+)
+
+// A queue is a list of requests, first in first out.
+type queue struct {
+	ring    []request // a power of two of them
+	head, n int
+}
+
+func (q *queue) push(r *request) {
+	if q.n == len(q.ring) {
+		grown := make([]request, max(16, 2*len(q.ring)))
+		for i := range q.n {
+			grown[i] = q.ring[(q.head+i)&(len(q.ring)-1)]
+		}
+		q.ring, q.head = grown, 0
+	}
+	q.ring[(q.head+q.n)&(len(q.ring)-1)] = *r
+	q.n++
+}
+
+func (q *queue) pop(r *request) {
+	slot := &q.ring[q.head]
+	*r = *slot
+	slot.data, slot.buf, slot.payload = nil, nil, nil
+	q.head = (q.head + 1) & (len(q.ring) - 1)
+	q.n--
+}
+
+// maxWorkers bounds Options.Workers, so that each has a place of its own for the
+// age of its request.
+const maxWorkers = 64
+
+// workerIdle is how long a worker without work stays.
+const workerIdle = 5 * time.Second
+
+// A staff is the workers of a connection. conn.mu guards it.
+type staff struct {
+	idle   []*worker // the one that became idle last is the last
+	places uint64    // bit i: worker number i exists
+	count  int
+	// coming is set while a worker that was called has not looked at the queue yet:
+	// nobody else needs to be called, and it will send the answers that are ready.
+	coming bool
+}
+
+// A worker runs requests of one connection, one at a time.
+type worker struct {
+	c     *conn
+	n     int       // its number, the place of its request in the statistics
+	call  chan bool // capacity 1: true: look at the queue; false: end
+	since time.Duration
+	r     request
+	reply batch
+}
+
+// enqueue hands an admitted request to the workers.
+func (c *conn) enqueue(r *request) {
+	c.stat.Start(r.op(), 1)
+	c.mu.Lock()
+	c.busy++
+	c.queue.push(r)
+	w := c.summon()
+	c.mu.Unlock()
+	w.go_()
+}
+
+// summon finds a worker to be called when the queue is not empty: nil when one is
+// coming already or all are at work. conn.mu is held; go_ is called without.
+func (c *conn) summon() *worker {
+	st := &c.staff
+	switch {
+	case st.coming || c.queue.n == 0:
+		return nil
+	case len(st.idle) > 0:
+		w := st.idle[len(st.idle)-1]
+		st.idle = st.idle[:len(st.idle)-1]
+		st.coming = true
+		return w
+	case st.count >= c.s.opt.Workers:
+		return nil
+	}
+	w := &worker{c: c}
+	for st.places&(1<<w.n) != 0 {
+		w.n++
+	}
+	st.places |= 1 << w.n
+	st.count++
+	st.coming = true
+	c.workers.Add(1)
+	return w
+}
+
+// go_ calls a worker that summon has returned.
+func (w *worker) go_() {
+	switch {
+	case w == nil:
+	case w.call == nil:
+		w.call = make(chan bool, 1)
+		go w.run()
+	default:
+		w.call <- true
+	}
+}
+
+func (w *worker) run() {
+	c := w.c
+	defer c.workers.Done()
+	c.mu.Lock()
+	c.staff.coming = false
+	for {
+		if c.queue.n == 0 {
+			c.mu.Unlock()
+			c.out.flush()
+			c.mu.Lock()
+		}
+		if c.queue.n == 0 {
+			if c.ending {
+				break
+			}
+			w.since = c.s.now()
+			c.staff.idle = append(c.staff.idle, w)
+			c.mu.Unlock()
+			work := <-w.call
+			c.mu.Lock()
+			if !work {
+				break
+			}
+			c.staff.coming = false
+			continue
+		}
+		c.queue.pop(&w.r)
+		next := c.summon()
+		coming := c.staff.coming
+		c.mu.Unlock()
+		next.go_()
+		if !coming {
+			// Nobody else would send what is ready while this request runs.
+			c.out.flush()
+		}
+		w.execute()
+		c.mu.Lock()
+		c.done(1)
+	}
+	c.staff.count--
+	c.staff.places &^= 1 << w.n
+	c.mu.Unlock()
+}
+
+// done notes that n requests have ended. conn.mu is held.
+func (c *conn) done(n int) {
+	c.busy -= n
+	if c.busy == 0 {
+		c.hush()
+	}
+}
+
+// hush wakes finish.
+func (c *conn) hush() {
+	select {
+	case c.quiet <- struct{}{}:
+	default:
+	}
+}
+
+// dismissAll ends the workers. Nothing is queued any more.
+func (c *conn) dismissAll() {
+	c.mu.Lock()
+	idle := c.staff.idle
+	c.staff.idle = nil
+	c.mu.Unlock()
+	for _, w := range idle {
+		w.call <- false
+	}
+}
+
+// dismissIdle ends the workers that had nothing to do for long.
+func (c *conn) dismissIdle(now time.Duration) {
+	c.mu.Lock()
+	var old []*worker
+	for len(c.staff.idle) > 0 && now-c.staff.idle[0].since > workerIdle {
+		old = append(old, c.staff.idle[0])
+		c.staff.idle = append(c.staff.idle[:0], c.staff.idle[1:]...)
+	}
+	c.mu.Unlock()
+	for _, w := range old {
+		w.call <- false
+	}
+}
+
+// park puts a request that was not admitted behind those that wait already.
+func (c *conn) park(r *request) {
+	c.mu.Lock()
+	if c.gone || c.expired {
+		refuse := c.expired && !c.gone
+		c.mu.Unlock()
+		c.discard(r, refuse)
+		return
+	}
+	c.busy++
+	c.parked.push(r)
+	c.waiting.Store(true)
+	// The gate may have opened since it was asked; then nobody will call resume.
+	w := c.admitParked()
+	c.mu.Unlock()
+	w.go_()
+}
+
+// resume is called when a drain has ended.
+func (c *conn) resume() {
+	c.mu.Lock()
+	w := c.admitParked()
+	c.mu.Unlock()
+	w.go_()
+}
+
+// admitParked admits waiting requests in their order, and returns the worker to be
+// called. conn.mu is held.
+func (c *conn) admitParked() *worker {
+	for c.parked.n > 0 {
+		adm, ok := c.lane.Begin()
+		if !ok {
+			return c.summon()
+		}
+		var r request
+		c.parked.pop(&r)
+		r.adm = adm
+		c.stat.Start(r.op(), 1)
+		c.queue.push(&r)
+	}
+	c.waiting.Store(false)
+	return c.summon()
+}
+
+// discard ends a request that was not begun, with NBD_ESHUTDOWN or without an answer.
+func (c *conn) discard(r *request, answer bool) {
+	r.drop(&c.budget)
+	if !answer {
+		c.budget.give(1, r.charge)
+		return
+	}
+	b := batch{requests: 1, bytes: r.charge}
+	c.errorReply(&b, r.cookie, nbdESHUTDOWN, ErrStopped.Error())
+	c.out.put(&b)
+}
+
+// leaveParked drops what waits for the end of a drain: the client has left.
+func (c *conn) leaveParked() {
+	c.mu.Lock()
+	c.gone = true
+	parked := c.takeAll(&c.parked)
+	c.waiting.Store(false)
+	c.mu.Unlock()
+	c.discardAll(parked, false)
+}
+
+// expire refuses what is not begun, because the server cannot wait any more.
+func (c *conn) expire() {
+	c.mu.Lock()
+	c.expired = true
+	parked := c.takeAll(&c.parked)
+	queued := c.takeAll(&c.queue)
+	c.waiting.Store(false)
+	c.mu.Unlock()
+	for i := range queued {
+		c.lane.End(queued[i].adm)
+		c.stat.Finish(queued[i].op(), false, 0, c.s.now()-queued[i].arrived)
+	}
+	c.discardAll(append(parked, queued...), true)
+	c.budget.poke()
+	c.hush()
+}
+
+// takeAll empties a queue. conn.mu is held.
+func (c *conn) takeAll(q *queue) []request {
+	rs := make([]request, q.n)
+	for i := range rs {
+		q.pop(&rs[i])
+	}
+	return rs
+}
+
+func (c *conn) discardAll(rs []request, answer bool) {
+	for i := range rs {
+		c.discard(&rs[i], answer)
+	}
+	if len(rs) > 0 {
+		c.mu.Lock()
+		c.done(len(rs))
+		c.mu.Unlock()
+	}
+}
+
+// hopeless tells that the reader waits in vain.
+func (c *conn) hopeless() bool {
+	if c.t.aborted() {
+		return true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.expired
+}

@@ -1,0 +1,245 @@
+package export
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A room is where received bytes go.
+type room interface {
+	// space gives up to two pieces of memory to be filled in order; the second may be empty.
+	space() (a, b []byte)
+	// idle is told that nothing has arrived yet and that space is not needed until
+	// more has; it is not called by transports that cannot wait without memory.
+	idle()
+}
+
+// A transport carries the bytes of one connection. One goroutine may receive and
+// one may send at a time.
+type transport interface {
+	// receive waits until something has arrived and puts it where r says. n is at
+	// least 1 without an error. At the end of the stream the error is io.EOF.
+	receive(r room) (n int, err error)
+	// send sends all of bufs, whose elements it changes. It fails with
+	// os.ErrDeadlineExceeded when the peer takes nothing for the send timeout.
+	send(bufs [][]byte) error
+	// readBy makes receive fail with os.ErrDeadlineExceeded from t on; the zero time: never.
+	readBy(t time.Time)
+	// abort makes everything fail from now on. It may be called at any time.
+	abort()
+	// aborted tells whether abort was called.
+	aborted() bool
+}
+
+func newTransport(nc net.Conn, timeout time.Duration) transport {
+	switch c := nc.(type) {
+	case *net.UnixConn:
+		if raw, err := c.SyscallConn(); err == nil {
+			return newSocket(nc, raw, timeout)
+		}
+	case *net.TCPConn:
+		if raw, err := c.SyscallConn(); err == nil {
+			return newSocket(nc, raw, timeout)
+		}
+	}
+	s := new(stream)
+	s.nc, s.timeout = nc, timeout
+	return s
+}
+
+// deadlines are what both transports have in common.
+type deadlines struct {
+	nc      net.Conn
+	timeout time.Duration // for send
+	dead    atomic.Bool
+}
+
+// longAgo is a deadline that has passed.
+var longAgo = time.Unix(1, 0)
+
+func (d *deadlines) abort() {
+	d.dead.Store(true)
+	d.nc.SetDeadline(longAgo)
+}
+
+func (d *deadlines) aborted() bool { return d.dead.Load() }
+
+func (d *deadlines) readBy(t time.Time) {
+	d.nc.SetReadDeadline(t)
+	if d.dead.Load() {
+		d.nc.SetReadDeadline(longAgo)
+	}
+}
+
+func (d *deadlines) writeBy(t time.Time) {
+	d.nc.SetWriteDeadline(t)
+	if d.dead.Load() {
+		d.nc.SetWriteDeadline(longAgo)
+	}
+}
+
+// A stream is a transport over any net.Conn.
+type stream struct{ deadlines }
+
+func (s *stream) receive(r room) (int, error) {
+	a, _ := r.space()
+	n, err := s.nc.Read(a)
+	if n > 0 {
+		return n, nil
+	}
+	if err == nil {
+		err = io.ErrNoProgress
+	}
+	return 0, err
+}
+
+func (s *stream) send(bufs [][]byte) error {
+	for _, b := range bufs {
+		for len(b) > 0 {
+			part := b[:min(len(b), 256<<10)] // each part shows progress
+			s.writeBy(time.Now().Add(s.timeout))
+			if _, err := s.nc.Write(part); err != nil {
+				return err
+			}
+			b = b[len(part):]
+		}
+	}
+	return nil
+}
+
+// maxIovecs is the kernel's limit of one call.
+const maxIovecs = 1024
+
+// A socket is a transport over the descriptor of a socket: it waits in the runtime's
+// poller without holding memory, and moves many buffers with one system call. The
+// calls do not block, so the scheduler need not be told of them.
+type socket struct {
+	deadlines
+	raw syscall.RawConn
+
+	// Of receive. The callbacks are made once: they would be an allocation each.
+	readable func(fd uintptr) bool
+	room     room
+	riov     [2]unix.Iovec
+	rn       int
+	rerr     error
+
+	// Of send.
+	writable func(fd uintptr) bool
+	bufs     [][]byte
+	wiov     []unix.Iovec
+	msg      unix.Msghdr
+	timed    bool // a write deadline is set
+	stuck    bool // nothing was sent since it was set
+	werr     error
+}
+
+func newSocket(nc net.Conn, raw syscall.RawConn, timeout time.Duration) *socket {
+	s := &socket{raw: raw}
+	s.nc, s.timeout = nc, timeout
+	s.readable, s.writable = s.tryReceive, s.trySend
+	return s
+}
+
+func (s *socket) receive(r room) (int, error) {
+	s.room, s.rn, s.rerr = r, 0, nil
+	if err := s.raw.Read(s.readable); err != nil {
+		return 0, err
+	}
+	return s.rn, s.rerr
+}
+
+// tryReceive is called until it says true, each time when the socket may be readable.
+func (s *socket) tryReceive(fd uintptr) bool {
+	a, b := s.room.space()
+	s.riov[0].Base = unsafe.SliceData(a)
+	s.riov[0].SetLen(len(a))
+	s.riov[1].Base = unsafe.SliceData(b)
+	s.riov[1].SetLen(len(b))
+	count := uintptr(2)
+	if len(b) == 0 {
+		count = 1
+	}
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&s.riov[0])), count)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno == unix.EAGAIN:
+			s.riov[0].Base, s.riov[1].Base = nil, nil
+			s.room.idle()
+			return false
+		case errno != 0:
+			s.rerr = os.NewSyscallError("readv", errno)
+		case n == 0:
+			s.rerr = io.EOF
+		default:
+			s.rn = int(n)
+		}
+		return true
+	}
+}
+
+func (s *socket) send(bufs [][]byte) error {
+	s.bufs, s.werr = bufs, nil
+	err := s.raw.Write(s.writable)
+	s.bufs = nil
+	clear(s.wiov)
+	if s.timed {
+		s.timed, s.stuck = false, false
+		s.writeBy(time.Time{})
+	}
+	if err != nil {
+		return err
+	}
+	return s.werr
+}
+
+// trySend is called until it says true, each time when the socket may be writable.
+func (s *socket) trySend(fd uintptr) bool {
+	for len(s.bufs) > 0 {
+		s.wiov = s.wiov[:0]
+		for _, b := range s.bufs[:min(len(s.bufs), maxIovecs)] {
+			v := unix.Iovec{Base: unsafe.SliceData(b)}
+			v.SetLen(len(b))
+			s.wiov = append(s.wiov, v)
+		}
+		s.msg.Iov = &s.wiov[0]
+		s.msg.SetIovlen(len(s.wiov))
+		n, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&s.msg)), unix.MSG_NOSIGNAL)
+		switch {
+		case errno == unix.EINTR:
+		case errno == unix.EAGAIN:
+			if !s.stuck {
+				s.timed, s.stuck = true, true
+				s.writeBy(time.Now().Add(s.timeout))
+			}
+			return false
+		case errno != 0:
+			s.werr = os.NewSyscallError("sendmsg", errno)
+			return true
+		default:
+			s.stuck = false
+			s.sent(int(n))
+		}
+	}
+	return true
+}
+
+// sent takes n bytes off the front of what is to be sent.
+func (s *socket) sent(n int) {
+	for len(s.bufs) > 0 && n >= len(s.bufs[0]) {
+		n -= len(s.bufs[0])
+		s.bufs = s.bufs[1:]
+	}
+	if n > 0 {
+		s.bufs[0] = s.bufs[0][n:]
+	}
+}
