@@ -60,7 +60,7 @@ type node struct {
 	noFlush  bool
 	limits   block.Limits
 	nowait   nowaitMode
-	fastZero bool // the device zeroes without being sent zeroes
+	queue    queue // of a device
 
 	size        atomic.Int64
 	work        workers
@@ -149,6 +149,9 @@ func (n *node) openFiles(cfg *block.Config, kinds []fileKind) error {
 	}
 	if err := n.checkKind(&st, kinds); err != nil {
 		return err
+	}
+	if n.kind == blockDevice && !cfg.ReadOnly && isReadOnly(n.fd) {
+		return fmt.Errorf("Could not open '%s' for writing: the device is read-only: %w", n.filename, unix.EROFS)
 	}
 	size, err := n.kind.sizeOf(n.fd)
 	if err != nil {

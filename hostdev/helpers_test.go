@@ -21,9 +21,12 @@ var ctx = context.Background()
 // command runs a program and returns its output.
 func command(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
+	cmd := exec.Command(name, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+		t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out, &stderr)
 	}
 	return strings.TrimSpace(string(out))
 }
@@ -48,7 +51,7 @@ func mounted(t testing.TB, kind string) string {
 	command(t, "mkfs."+kind, append(args, image)...)
 	dir := t.TempDir()
 	command(t, "mount", "-o", "loop", image, dir)
-	t.Cleanup(func() { command(t, "umount", dir) })
+	t.Cleanup(func() { command(t, "umount", "--lazy", dir) })
 	return dir
 }
 

@@ -71,6 +71,8 @@ type LockError struct {
 	Filename string
 	Lock     string // `"write" lock`, or `shared "write" lock` if it is our not sharing that is forbidden
 	Holders  []Holder
+
+	at int64 // byte of the lock
 }
 
 func (e *LockError) Error() string {
@@ -134,17 +136,18 @@ func (l *locks) check(want lockBits) error {
 	}
 	for try := 1; ; try++ {
 		err := l.take(added)
-		var held *LockError
-		switch {
-		case err == nil:
+		if err == nil {
 			return nil
-		case !errors.As(err, &held):
-			l.restore()
-			return l.missing(err)
 		}
 		l.restore()
-		if try == lockTries {
-			return err
+		var held *LockError
+		switch {
+		case !errors.As(err, &held):
+			return l.missing(err)
+		case try == lockTries:
+			// It takes long, so it is done once and with nothing locked.
+			held.Holders = findHolders(l.fd, l.own, held.at)
+			return held
 		}
 		// The other one may be trying too: whoever comes back first has it.
 		time.Sleep(time.Millisecond + rand.N(lockBackoff))
@@ -179,7 +182,7 @@ func (l *locks) set(kind int16, at int64) error {
 	lk := unix.Flock_t{Type: kind, Whence: unix.SEEK_SET, Start: at, Len: 1}
 	err := retry(func() error { return unix.FcntlFlock(uintptr(l.fd), unix.F_OFD_SETLK, &lk) })
 	if err == unix.EAGAIN || err == unix.EACCES {
-		return l.error(at, fmt.Sprintf("a lock on byte %d", at))
+		return &LockError{Filename: l.filename, at: at, Lock: fmt.Sprintf("a lock on byte %d", at)}
 	}
 	return err
 }
@@ -197,13 +200,9 @@ func (l *locks) test(at int64, lock string) error {
 		return err
 	}
 	if held {
-		return l.error(at, lock)
+		return &LockError{Filename: l.filename, at: at, Lock: lock}
 	}
 	return nil
-}
-
-func (l *locks) error(at int64, lock string) error {
-	return &LockError{Filename: l.filename, Lock: lock, Holders: findHolders(l.fd, l.own, at)}
 }
 
 // restore unlocks what is locked and does not stand. Unlocking a byte does not fail.

@@ -97,7 +97,7 @@ func powerOfTwo(v, low, high, otherwise int64) int64 {
 
 const maxTransferHint = 32 << 20
 
-// probeLimits fills in n.limits, n.nowait and n.fastZero. st is of n.fd.
+// probeLimits fills in n.limits, n.nowait and n.queue. st is of n.fd.
 func (n *node) probeLimits(st *unix.Stat_t) error {
 	l := &n.limits
 	*l = block.Limits{
@@ -109,10 +109,9 @@ func (n *node) probeLimits(st *unix.Stat_t) error {
 	}
 	switch n.kind {
 	case blockDevice:
-		q := queueOf(st.Rdev)
-		n.probeDevice(q)
-		n.fastZero = q.number("write_zeroes_max_bytes") > 0
-		l.Rotational = q.number("rotational") == 1
+		n.queue = queueOf(st.Rdev)
+		n.probeDevice()
+		l.Rotational = n.queue.number("rotational") == 1
 	case regularFile:
 		// Some file systems have a device of their own only in name; then nothing is known.
 		q := queueOf(st.Dev)
@@ -130,7 +129,7 @@ func (n *node) probeLimits(st *unix.Stat_t) error {
 	return nil
 }
 
-func (n *node) probeDevice(q queue) {
+func (n *node) probeDevice() {
 	get := func(req uint) int64 {
 		v, err := unix.IoctlGetUint32(n.fd, req)
 		if err != nil {
@@ -143,7 +142,7 @@ func (n *node) probeDevice(q queue) {
 	l.PhysicalBlockSize = powerOfTwo(get(unix.BLKPBSZGET), l.LogicalBlockSize, 1<<20, l.LogicalBlockSize)
 	least := max(4096, l.PhysicalBlockSize, powerOfTwo(get(unix.BLKIOMIN), 512, maxTransferHint, 0))
 	l.PreferredTransfer = powerOfTwo(get(unix.BLKIOOPT), least, maxTransferHint, least)
-	l.DiscardAlignment = powerOfTwo(q.number("discard_granularity"), l.LogicalBlockSize, 1<<30, l.LogicalBlockSize)
+	l.DiscardAlignment = powerOfTwo(n.queue.number("discard_granularity"), l.LogicalBlockSize, 1<<30, l.LogicalBlockSize)
 }
 
 // probeDirect finds the alignment that direct I/O needs: what the kernel says, or

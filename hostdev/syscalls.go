@@ -100,6 +100,12 @@ func deviceSize(fd int) (int64, error) {
 	return int64(size), nil
 }
 
+// isReadOnly tells whether a device refuses writes; that it was opened for writing proves nothing.
+func isReadOnly(fd int) bool {
+	v, err := unix.IoctlGetUint32(fd, unix.BLKROGET)
+	return err == nil && v != 0
+}
+
 // unsupported tells whether err says that a file system or device cannot do what was asked, now or ever.
 func unsupported(err error) bool {
 	switch err {

@@ -158,7 +158,8 @@ func (n *node) zeroBlocks(off, end int64, flags block.ReqFlags) error {
 			return err
 		}
 	}
-	if n.lacks.zeroOut.Load() || flags&block.NoFallback != 0 && !n.fastZero {
+	// The kernel would write zeroes itself. It finds out late what a device cannot do.
+	if n.lacks.zeroOut.Load() || flags&block.NoFallback != 0 && n.queue.number("write_zeroes_max_bytes") == 0 {
 		return block.ErrNotSupported
 	}
 	err := ioctlRange(n.fd, unix.BLKZEROOUT, off, end-off)
