@@ -1,0 +1,94 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/nbdserve/nbdserve/block"
+)
+
+var outputs = []choice[bool]{{"human", false}, {"json", true}}
+
+// lookFlags are the options of the commands that look at an image.
+func lookFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "format", Aliases: []string{"f"}, Usage: "image `FORMAT`: " + namesOf(formatChoices()) + "; without it the format is probed"},
+		&cli.BoolFlag{Name: "force-share", Aliases: []string{"U"}, Usage: "look at an image that others write to; what is found may be out of date or wrong"},
+		&cli.StringFlag{Name: "output", Value: outputs[0].name, Usage: "output `FORMAT`: " + namesOf(outputs)},
+	}
+}
+
+// A look is an image opened for reading, by image info and image check.
+type look struct {
+	path   string
+	format string
+	json   bool
+	force  bool
+}
+
+func parseLook(c *cli.Context) (l look, err error) {
+	l.force = c.Bool("force-share")
+	if l.path, err = oneImage(c); err != nil {
+		return l, err
+	}
+	if l.format, err = formatOption(c); err != nil {
+		return l, err
+	}
+	l.json, err = choose(c, "output", outputs)
+	return l, err
+}
+
+// newToolGraph returns a graph for one command, whose log goes to standard error.
+func newToolGraph(c *cli.Context) *block.Graph {
+	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	return block.NewGraph(log, drivers()...)
+}
+
+// file runs f on the image's file. Unless forced, nobody may write to the file
+// meanwhile where its format has metadata.
+func (l *look) file(c *cli.Context, f func(ctx context.Context, file *block.Root) error) (err error) {
+	ctx := context.Background()
+	g := newToolGraph(c)
+	defer func() { err = errors.Join(err, g.Close(ctx)) }()
+	if l.format == "" {
+		if l.format, err = probe(ctx, g, l.path); err != nil {
+			return err
+		}
+	}
+	cfg := fileConfig(l.path)
+	cfg.ReadOnly, cfg.ForceShare = true, l.force
+	shared := block.PermAll
+	if l.format != "raw" && !l.force {
+		shared &^= block.PermWrite | block.PermResize
+	}
+	rc := block.RootConfig{User: "image " + c.Command.Name, Perm: block.PermConsistentRead, Shared: shared}
+	return withRoot(ctx, g, cfg, rc, f)
+}
+
+// allocated is the space in bytes that a file takes on its file system.
+func allocated(path string) (int64, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0, err
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, fmt.Errorf("cannot tell how much space '%s' takes", path)
+	}
+	return st.Blocks * 512, nil
+}
+
+// backingPath is where the backing file name of an image leads: it is relative to the image.
+func backingPath(image, backing string) string {
+	if backing == "" || filepath.IsAbs(backing) {
+		return backing
+	}
+	return filepath.Join(filepath.Dir(image), backing)
+}

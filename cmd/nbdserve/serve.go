@@ -1,0 +1,175 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"unicode/utf8"
+
+	"github.com/urfave/cli/v2"
+)
+
+// serveOptions are the options of serve, checked.
+type serveOptions struct {
+	image          imageOptions
+	listen         []address // empty: sockets from systemd, else the default
+	name           string
+	description    string
+	writeThrough   bool
+	shareRW        bool
+	maxClients     int
+	once           bool
+	run            string // a shell command, "" for none
+	exitWithParent bool
+	printURI       bool
+	metricsAddress string // host:port, "" for none
+	log            *slog.Logger
+}
+
+const maxText = 4096 // bytes of an export's name or description (NBD)
+
+func serveCommand() *cli.Command {
+	const image, export, sockets, life, logs = "Image", "Export", "Sockets", "Life", "Logs and metrics"
+	return &cli.Command{
+		Name:      "serve",
+		Usage:     "serve a disk image or block device",
+		ArgsUsage: "IMAGE",
+		Description: "Serves the disk in IMAGE, a file or a block device, to NBD clients until it is told to stop.\n" +
+			"The sockets appear when the image is open and locked, so a client that finds one can connect.\n" +
+			"SIGTERM, SIGINT and SIGHUP finish what clients have asked for and end the server with status 0; a second one cuts.\n" +
+			"Sizes are bytes, or numbers with one of the suffixes k, M, G, T, P, E (powers of 1024).",
+		HideHelpCommand: true,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "format", Aliases: []string{"f"}, Category: image, Usage: "image `FORMAT`: " + namesOf(formatChoices()) + "; without it the format is probed, and a disk taken for raw keeps clients from writing another format's header"},
+			&cli.BoolFlag{Name: "read-only", Aliases: []string{"r"}, Category: image, Usage: "open and export the disk read-only"},
+			&cli.StringFlag{Name: "cache", Value: cacheModes[0].name, Category: image, Usage: "host page cache `MODE`: writeback, none (direct I/O), writethrough (each write is durable), directsync (both), unsafe (flushes are ignored)"},
+			&cli.StringFlag{Name: "discard", Value: discardModes[0].name, Category: image, Usage: "`MODE` of trim requests: unmap (free the space), ignore"},
+			&cli.StringFlag{Name: "detect-zeroes", Value: detectZeroesModes[0].name, Category: image, Usage: "`MODE` of writes that are all zero: off, on (write them as zeroes), unmap (free the space; needs --discard unmap)"},
+			&cli.StringFlag{Name: "offset", Category: image, Usage: "serve the disk from this `SIZE` on"},
+			&cli.StringFlag{Name: "size", Category: image, Usage: "serve this `SIZE` only; default: up to the end"},
+			&cli.BoolFlag{Name: "share-rw", Category: image, Usage: "let other programs write to the disk meanwhile; they and the clients must agree on who writes where"},
+
+			&cli.StringFlag{Name: "name", Category: export, Usage: "export `NAME`; clients that ask for \"\" get it as well"},
+			&cli.StringFlag{Name: "description", Category: export, Usage: "`TEXT` for clients that list exports"},
+			&cli.StringFlag{Name: "max-clients", Value: "64", Category: export, Usage: "`NUMBER` of clients served at a time, 0 for no limit"},
+
+			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID"},
+			&cli.BoolFlag{Name: "print-uri", Category: sockets, Usage: "print the URI of each socket on standard output, one a line, when ready"},
+
+			&cli.BoolFlag{Name: "once", Category: life, Usage: "end when the last client has left"},
+			&cli.StringFlag{Name: "run", Category: life, Usage: "when ready run shell `COMMAND` with $uri, $unixsocket, $port and $exportname set, end with it and with its exit status"},
+			&cli.BoolFlag{Name: "exit-with-parent", Category: life, Usage: "end when the parent process ends"},
+
+			&cli.StringFlag{Name: "metrics", Category: logs, Usage: "serve /metrics, /healthz and /readyz over HTTP on `HOST:PORT`"},
+			&cli.StringFlag{Name: "log-format", Value: logFormats[0].name, Category: logs, Usage: "`FORMAT` of the log on standard error: " + namesOf(logFormats)},
+			&cli.StringFlag{Name: "log-level", Value: "info", Category: logs, Usage: "least `LEVEL` that is logged: " + namesOf(logLevels)},
+		},
+		Action: func(c *cli.Context) error {
+			o, err := parseServe(c)
+			if err != nil {
+				return err
+			}
+			return o.serve(c.App.Writer)
+		},
+	}
+}
+
+// parseServe checks the options of serve. Nothing is opened yet.
+func parseServe(c *cli.Context) (*serveOptions, error) {
+	o := &serveOptions{
+		name: c.String("name"), description: c.String("description"), shareRW: c.Bool("share-rw"),
+		once: c.Bool("once"), run: c.String("run"), exitWithParent: c.Bool("exit-with-parent"),
+		printURI: c.Bool("print-uri"), metricsAddress: c.String("metrics"),
+	}
+	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseImage, o.parseExport, o.parseListen} {
+		if err := parse(c); err != nil {
+			return nil, err
+		}
+	}
+	if c.IsSet("run") && o.run == "" {
+		return nil, errors.New("--run needs a command")
+	}
+	if o.once && o.run != "" {
+		return nil, errors.New("--once and --run exclude each other: with --run the server ends with the command")
+	}
+	return o, nil
+}
+
+func (o *serveOptions) parseLog(c *cli.Context) error {
+	level, err := choose(c, "log-level", logLevels)
+	if err != nil {
+		return err
+	}
+	handler, err := choose(c, "log-format", logFormats)
+	if err != nil {
+		return err
+	}
+	o.log = slog.New(handler(c.App.ErrWriter, &slog.HandlerOptions{Level: level}))
+	return nil
+}
+
+func (o *serveOptions) parseImage(c *cli.Context) (err error) {
+	i := &o.image
+	i.readOnly = c.Bool("read-only")
+	if i.path, err = oneImage(c); err != nil {
+		return err
+	}
+	if i.format, err = formatOption(c); err != nil {
+		return err
+	}
+	cache, err := choose(c, "cache", cacheModes)
+	if err != nil {
+		return err
+	}
+	i.cache, o.writeThrough = cache.CacheMode, cache.writeThrough
+	if i.unmap, err = choose(c, "discard", discardModes); err != nil {
+		return err
+	}
+	if i.detectZeroes, err = choose(c, "detect-zeroes", detectZeroesModes); err != nil {
+		return err
+	}
+	if i.offset, err = sizeOption(c, "offset"); err != nil {
+		return err
+	}
+	if i.size, err = sizeOption(c, "size"); err != nil {
+		return err
+	}
+	if c.IsSet("size") && i.size == 0 {
+		return errors.New("--size must be more than 0; leave it out to serve up to the end of the disk")
+	}
+	return nil
+}
+
+func (o *serveOptions) parseExport(c *cli.Context) error {
+	for _, text := range []string{"name", "description"} {
+		if s := c.String(text); len(s) > maxText {
+			return fmt.Errorf("export %s of %d bytes is too long: at most %d are allowed", text, len(s), maxText)
+		} else if !utf8.ValidString(s) {
+			return fmt.Errorf("export %s %q is not UTF-8", text, s)
+		}
+	}
+	n, err := strconv.ParseUint(c.String("max-clients"), 10, 31)
+	if err != nil {
+		return fmt.Errorf("--max-clients '%s' is not a number of clients (0 for no limit)", c.String("max-clients"))
+	}
+	o.maxClients = int(n)
+	return nil
+}
+
+func (o *serveOptions) parseListen(c *cli.Context) error {
+	for _, s := range c.StringSlice("listen") {
+		a, err := parseListen(s)
+		if err != nil {
+			return err
+		}
+		o.listen = append(o.listen, a)
+	}
+	if c.IsSet("metrics") {
+		if _, port, err := net.SplitHostPort(o.metricsAddress); err != nil || port == "" {
+			return fmt.Errorf("--metrics '%s' is not HOST:PORT, such as localhost:9420", o.metricsAddress)
+		}
+	}
+	return nil
+}
