@@ -26,6 +26,9 @@ func (g *Graph) DrainBegin(ctx context.Context, n *Node) error {
 	for _, a := range above {
 		if q, ok := a.inst.(Quiescer); ok {
 			q.DrainBegin()
+			g.mu.Lock()
+			a.paused++
+			g.mu.Unlock()
 		}
 	}
 	return nil
@@ -34,12 +37,17 @@ func (g *Graph) DrainBegin(ctx context.Context, n *Node) error {
 // DrainEnd ends a section that [Graph.DrainBegin] began. Requests that waited start in their order.
 func (g *Graph) DrainEnd(n *Node) {
 	g.mu.Lock()
-	above := n.ancestors()
-	g.mu.Unlock()
-	for _, a := range above {
-		if q, ok := a.inst.(Quiescer); ok {
-			q.DrainEnd()
+	var paused []Quiescer
+	for _, a := range n.ancestors() {
+		// A node that came above n meanwhile was not paused.
+		if a.paused > 0 {
+			a.paused--
+			paused = append(paused, a.inst.(Quiescer))
 		}
+	}
+	g.mu.Unlock()
+	for _, q := range paused {
+		q.DrainEnd()
 	}
 	g.unquiesce(n)
 }

@@ -27,6 +27,7 @@ type Node struct {
 	parents      []*Edge
 	children     []*Edge
 	quiesce      int
+	paused       int  // calls of the instance's DrainBegin without a DrainEnd
 	perm, shared Perm // what the parents hold and share in sum
 
 	stats [NumShards]nodeCell
