@@ -248,15 +248,14 @@ func (c *checker) countL1(off int64, entries uint32, refs *countMap, active bool
 			c.corruptf(1, "l2_offset=0x%x: Table is not cluster aligned; L1 entry corrupted", l2)
 			return
 		}
-		if l2 >= c.size {
-			return
-		}
-		cluster := l2 >> c.h.ClusterBits
-		refs.set(cluster, refs.get(cluster)+1)
 		if active {
 			c.checkCopied(l2, e.Copied(), 1, func() string {
 				return fmt.Sprintf("OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=0x%016x", i, v)
 			})
+		}
+		if l2 < c.size {
+			cluster := l2 >> c.h.ClusterBits
+			refs.set(cluster, refs.get(cluster)+1)
 		}
 	})
 }
