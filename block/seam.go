@@ -121,7 +121,7 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 		return nil
 	}
 	if n.config.DetectZeroes != DetectZeroesOff && IsZero(p) {
-		zf := flags & FUA
+		zf := flags & (FUA | WriteUnchanged)
 		if n.config.DetectZeroes == DetectZeroesUnmap {
 			zf |= MayUnmap
 		}
@@ -266,7 +266,8 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 	for done < length {
 		step := min(length-done, most)
 		err := n.zeroer.WriteZeroes(ctx, off+done, step, native)
-		if errors.Is(err, ErrNotSupported) && flags&NoFallback == 0 {
+		// Once a part is zeroed it is too late to refuse.
+		if errors.Is(err, ErrNotSupported) && (flags&NoFallback == 0 || done > 0) {
 			return n.writeZeroBytes(ctx, off+done, length-done, flags)
 		}
 		if err != nil {
@@ -399,11 +400,11 @@ func (e *Edge) BlockStatus(ctx context.Context, off, length int64, precise bool)
 	}
 	n.stats[ShardOf(ctx)%NumShards].statuses.Add(1)
 	x, err := n.blockStatus(ctx, off, length, precise)
+	if err == nil && x.Flags&StatusAllocated == 0 && n.cow != nil {
+		x, err = n.cow.statusBelow(ctx, off, x.Length, precise)
+	}
 	if err != nil {
 		return Extent{}, n.fail("block status", off, length, err)
-	}
-	if x.Flags&StatusAllocated == 0 && n.cow != nil {
-		return n.cow.statusBelow(ctx, off, x.Length, precise)
 	}
 	if off+x.Length == n.inst.Size() {
 		x.Flags |= StatusEOF
