@@ -92,25 +92,24 @@ func (im *image) dropNow(e extent) {
 // mayFree tells whether limbo has room for what a large discard frees. im.mu is held.
 func (im *image) mayFree() bool { return im.limbo.extents < maxLimbo }
 
-// nextBatch takes the oldest batch, nil if there is none.
+// nextBatch returns the oldest batch, nil if there is none. [image.reclaim] takes it off the list.
 func (im *image) nextBatch() *freedBatch {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	if len(im.limbo.ready) == 0 {
 		return nil
 	}
-	b := im.limbo.ready[0]
-	im.limbo.ready = im.limbo.ready[1:]
-	return b
+	return im.limbo.ready[0]
 }
 
-// reclaim lowers the refcounts of a batch whose grace has passed. Clusters that are
-// free then are discarded first, in runs as long as they come, and cannot be
-// allocated before the discard is done.
+// reclaim lowers the refcounts of the oldest batch, whose grace has passed.
+// Clusters that are free then are discarded first, in runs as long as they come,
+// and cannot be allocated before the discard is done. If it fails the rest leaks.
 func (im *image) reclaim(ctx context.Context, b *freedBatch) error {
 	defer func() {
 		im.mu.Lock()
 		defer im.mu.Unlock()
+		im.limbo.ready = im.limbo.ready[1:]
 		for _, e := range b.extents {
 			im.limbo.clusters -= e.n
 		}
@@ -262,7 +261,7 @@ func (im *image) DrainEnd() {
 	r.changed.Broadcast()
 }
 
-// work runs f unless the reaper is stopped, waiting while it is paused.
+// work runs f, waiting while the reaper is paused. It does not if the reaper is stopped.
 func (r *reaper) work(f func()) {
 	r.pauseMu.Lock()
 	for r.paused > 0 && !r.stopped {
@@ -298,9 +297,9 @@ func (im *image) reap(ctx context.Context) {
 		im.reaper.work(func() { armed = im.tidy(now, armed, due) })
 		for b := im.nextBatch(); b != nil; b = im.nextBatch() {
 			if im.broken&ruleLimbo == 0 && b.grace.Wait(ctx) != nil {
-				im.mu.Lock()
-				im.limbo.ready = slices.Insert(im.limbo.ready, 0, b)
-				im.mu.Unlock()
+				return
+			}
+			if ctx.Err() != nil {
 				return
 			}
 			im.reaper.work(func() {

@@ -21,6 +21,14 @@ func (im *image) BlockStatus(ctx context.Context, off, n int64, _ bool) (block.E
 		if err != nil {
 			return x, err
 		}
+		if m.kind == ClusterData {
+			// Past the end of the file there are zeroes.
+			if there := im.file.Size() - m.host; there <= 0 {
+				m.kind = ClusterZeroAlloc
+			} else {
+				m.length = min(m.length, there)
+			}
+		}
 		flags := im.statusFlags(m.kind)
 		switch {
 		case x.Length == 0:
