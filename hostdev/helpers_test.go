@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,6 +18,16 @@ import (
 )
 
 var ctx = context.Background()
+
+// TestMain has fewer random runs than usual, unless there is time or the command line says otherwise.
+func TestMain(m *testing.M) {
+	if os.Getenv("NBDSERVE_LONG") == "" {
+		if err := flag.Set("rapid.checks", "25"); err != nil {
+			panic(err)
+		}
+	}
+	os.Exit(m.Run())
+}
 
 // command runs a program and returns its output.
 func command(t testing.TB, name string, args ...string) string {
