@@ -6,13 +6,10 @@ import (
 )
 
 // limitMemory makes the garbage collector work for a small process: the heap holds
-// buffers for requests in flight and little else. What the operator sets by GOGC
-// or GOMEMLIMIT counts.
+// buffers for requests in flight and little else, so collecting it often is cheap.
+// What the operator sets by GOGC counts.
 func limitMemory() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(40 << 20)
 	}
 }

@@ -25,7 +25,8 @@ type imageOptions struct {
 }
 
 // config describes the graph for the image: its file, its format, and a raw node
-// on top where only a part is served.
+// on top where only a part is served. The nodes have names that metrics and logs
+// can be searched for: disk, what clients see; file; whole, of which disk is a part.
 func (o imageOptions) config(ctx context.Context, g *block.Graph, log *slog.Logger) (*block.Config, error) {
 	format, probed, err := o.format, false, error(nil)
 	if format == "" {
@@ -37,12 +38,15 @@ func (o imageOptions) config(ctx context.Context, g *block.Graph, log *slog.Logg
 				"another format are refused; specify --format raw to lift that", "image", o.path)
 		}
 	}
+	file := fileConfig(o.path)
+	file.NodeName = "file"
 	top := &block.Config{
-		Driver: format, Probed: probed, ReadOnly: o.readOnly, Cache: o.cache, Unmap: o.unmap, DetectZeroes: o.detectZeroes,
-		Children: map[string]*block.Config{"file": fileConfig(o.path)},
+		Driver: format, NodeName: "disk", Probed: probed, ReadOnly: o.readOnly, Cache: o.cache, Unmap: o.unmap, DetectZeroes: o.detectZeroes,
+		Children: map[string]*block.Config{"file": file},
 	}
 	if o.offset != 0 || o.size != 0 {
 		whole := *top
+		whole.NodeName = "whole"
 		whole.DetectZeroes = block.DetectZeroesOff
 		top.Driver, top.Probed = "raw", false
 		top.Options = &raw.Options{Offset: o.offset, Size: o.size}
