@@ -33,7 +33,7 @@ type l2Cache struct {
 	sets      uint32 // a power of two
 	tags      []atomic.Uint64
 	used      []atomic.Bool // second chance for eviction
-	entries   words
+	entries   wordArray
 
 	// Guarded by image.mu.
 	state []slotState
@@ -58,7 +58,7 @@ func newL2Cache(sliceBits uint, slices, size int64) (*l2Cache, error) {
 	c.state = make([]slotState, n)
 	c.hand = make([]uint8, sets)
 	var err error
-	c.entries, err = newWords(n << sliceBits)
+	c.entries, err = newWordArray(n << sliceBits)
 	return c, err
 }
 

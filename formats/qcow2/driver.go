@@ -199,7 +199,7 @@ func makeImage(ctx context.Context, node *block.Node, file, backing *block.Edge,
 // loadL1 reads the entries of the active L1 table that the disk's size needs.
 func (im *image) loadL1(ctx context.Context) (err error) {
 	n := im.header.L1Needed(im.size)
-	if im.l1, err = newWords(int(n)); err != nil {
+	if im.l1, err = newWordArray(int(n)); err != nil {
 		return err
 	}
 	err = readTable(ctx, im.file, im.header.L1Offset, n, func(i int64, entry uint64) { im.l1.w[i].Store(entry) })

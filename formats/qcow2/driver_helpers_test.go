@@ -69,6 +69,7 @@ func openDisk(t blocktest.TB, g *block.Graph, cfg *block.Config) *disk {
 	t.Helper()
 	d := &disk{t: t, graph: g, cfg: cfg}
 	d.open()
+	t.Cleanup(d.close)
 	return d
 }
 
@@ -90,8 +91,12 @@ func (d *disk) open() {
 	d.node, d.root = n, r
 }
 
+// close closes the disk, if it is open.
 func (d *disk) close() {
 	d.t.Helper()
+	if d.node == nil {
+		return
+	}
 	ctx := context.Background()
 	if err := d.root.Detach(ctx); err != nil {
 		d.t.Errorf("detach: %v", err)
@@ -99,6 +104,7 @@ func (d *disk) close() {
 	if err := d.graph.Release(ctx, d.node); err != nil {
 		d.t.Errorf("release: %v", err)
 	}
+	d.node, d.root = nil, nil
 }
 
 func (d *disk) image() *image { return d.node.Instance().(*image) }

@@ -43,7 +43,7 @@ type image struct {
 	maxDirty    int64  // dirty items from which on writers write metadata themselves
 	broken      orderingRule
 
-	l1           words // active L1 table; written under mu
+	l1           wordArray // active L1 table; written under mu
 	l2           *l2Cache
 	decompressed clusterCache
 	fatal        atomic.Pointer[error] // fatal corruption: what every request returns

@@ -8,25 +8,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// words is an array of atomic words outside of the Go heap, so that it does not
+// wordArray is an array of atomic words outside of the Go heap, so that it does not
 // count in the garbage collector's pace and is resident only where it was touched.
-type words struct {
+type wordArray struct {
 	mem []byte
 	w   []atomic.Uint64
 }
 
-func newWords(n int) (words, error) {
+func newWordArray(n int) (wordArray, error) {
 	if n == 0 {
-		return words{}, nil
+		return wordArray{}, nil
 	}
 	mem, err := unix.Mmap(-1, 0, n*8, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return words{}, fmt.Errorf("allocate %d bytes for tables: %w", n*8, err)
+		return wordArray{}, fmt.Errorf("allocate %d bytes for tables: %w", n*8, err)
 	}
-	return words{mem, unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(&mem[0])), n)}, nil
+	return wordArray{mem, unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(&mem[0])), n)}, nil
 }
 
-func (w *words) free() error {
+func (w *wordArray) free() error {
 	if w.mem == nil {
 		return nil
 	}
