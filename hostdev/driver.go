@@ -69,6 +69,7 @@ type node struct {
 	noDsync     atomic.Bool
 	tailWritten atomic.Bool
 	lacks       lacks
+	allocates   atomic.Bool // fallocate has been seen to work
 	seekless    atomic.Bool // SEEK_DATA is not supported
 	status      statusCache
 	locks       *locks // nil: none are taken

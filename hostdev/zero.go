@@ -11,9 +11,7 @@ import (
 
 // lacks holds what was found out to be unsupported, so that it is not tried again.
 type lacks struct {
-	punch, zeroRange, zeroOut, discard atomic.Bool
-	// allocate is known once it was tried.
-	allocate, allocateTried atomic.Bool
+	punch, zeroRange, allocate, zeroOut, discard atomic.Bool
 }
 
 // zeroPiece bounds one step of punching and allocating, in bytes: tmpfs does these
@@ -111,15 +109,11 @@ func (n *node) zeroRange(off, end int64) error {
 		return err
 	}
 	// Whether allocating works must be known before something is punched.
-	if !n.lacks.allocateTried.Load() {
-		err := n.try(&n.lacks.allocate, unix.FALLOC_FL_KEEP_SIZE, off, end)
-		if err != nil {
+	if !n.allocates.Load() {
+		if err := n.try(&n.lacks.allocate, unix.FALLOC_FL_KEEP_SIZE, off, end); err != nil {
 			return err
 		}
-		n.lacks.allocateTried.Store(true)
-	}
-	if n.lacks.allocate.Load() {
-		return block.ErrNotSupported
+		n.allocates.Store(true)
 	}
 	for off < end {
 		next := min(end, off+zeroPiece)
