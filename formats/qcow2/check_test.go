@@ -270,6 +270,20 @@ func TestDamageOfSharedTablesIsCountedOncePerReference(t *testing.T) {
 	}
 }
 
+func TestClustersAtTheEndOfAShortFileAreCounted(t *testing.T) {
+	m := written(t, "cluster_size=4096")
+	h := mustParse(t, m)
+	end := h.Clusters(m.Size())
+	slots := l2Slots(m, h)
+	setRefcount(m, h, end+3, 1) // never written
+	sameAsQemu(t, "refcount past the end", m)
+	setWord(m, slots[0], entryCopied|uint64(end-1)<<h.ClusterBits)
+	m.data = m.data[:m.Size()-2048]
+	sameAsQemu(t, "last cluster cut in half", m)
+	setDirty(t, m)
+	repaired(t, "last cluster cut in half", m)
+}
+
 func TestMisalignedL2TableIsCorrupt(t *testing.T) {
 	m := written(t, "compat=1.1")
 	h := mustParse(t, m)
