@@ -25,6 +25,8 @@ const (
 	// pieceSize is how a longer payload, or the data of a READ, is divided. At most
 	// this much of a payload is paid for before it arrives.
 	pieceSize = 1 << 20
+	// leastRoom is how much the receive buffer should take at once, unless that much would have to be moved.
+	leastRoom = 4 << 10
 	// ahead is how much may be received behind a long payload with the same call.
 	ahead = 16 << 10
 	// payloadStep is what has to arrive of a payload in Options.PayloadTimeout.
@@ -43,6 +45,7 @@ type conn struct {
 	evicted  bool        // guarded by Server.mu
 	export   *Export     // in transmission; written by the reader under Server.mu
 	stopping atomic.Bool // nothing more is read
+	closing  atomic.Bool // all is answered: the client is waited for to close
 
 	// What was agreed; fixed in transmission.
 	structured bool
@@ -116,9 +119,11 @@ func (c *conn) begin(e *Export, structured, meta, toldSizes bool) {
 // the client gets a moment to hear that the server ends. Server.mu may be held.
 func (c *conn) stop() {
 	c.stopping.Store(true)
-	if c.export != nil {
+	switch {
+	case c.closing.Load():
+	case c.export != nil:
 		c.t.readBy(longAgo)
-	} else {
+	default:
 		c.t.readBy(time.Now().Add(c.s.opt.CloseTimeout))
 	}
 }
@@ -133,8 +138,11 @@ func (c *conn) cut() {
 // transmit serves the client until it leaves, then ends the connection.
 func (c *conn) transmit() {
 	c.log.Debug("client connected", "structured", c.structured, "block status", c.meta)
-	c.nc.SetDeadline(time.Time{})
+	c.nc.SetWriteDeadline(time.Time{})
 	c.readBy(time.Time{})
+	if c.t.aborted() {
+		c.t.abort()
+	}
 	err := c.readRequests()
 	c.s.left(c)
 	polite := err == nil
@@ -184,16 +192,14 @@ func (c *conn) readRequests() error {
 
 // interrupted judges an error of receive; nil means to go on.
 func (c *conn) interrupted(err error) error {
-	if c.t.aborted() {
-		return errors.New("cut")
-	}
-	if !errors.Is(err, os.ErrDeadlineExceeded) || c.stopping.Load() {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil
-		}
+	switch {
+	case c.t.aborted():
+		return errCut
+	case !errors.Is(err, os.ErrDeadlineExceeded):
 		return err
-	}
-	if c.rx.stalled() {
+	case c.stopping.Load():
+		return nil
+	case c.rx.stalled():
 		return fmt.Errorf("less than %d KiB of a payload arrived in %v", payloadStep>>10, c.s.opt.PayloadTimeout)
 	}
 	c.readBy(time.Time{})
@@ -231,6 +237,7 @@ func (c *conn) finish() {
 // input would destroy them, so the input is read until the client closes, for a moment.
 func (c *conn) close() {
 	defer c.nc.Close()
+	c.closing.Store(true)
 	half, ok := c.nc.(interface{ CloseWrite() error })
 	if c.t.aborted() || !ok || half.CloseWrite() != nil {
 		return

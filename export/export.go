@@ -100,7 +100,9 @@ func (s *Server) AddExport(ctx context.Context, cfg Config) (*Export, error) {
 		return nil, fmt.Errorf("export %q: %w", cfg.Name, err)
 	}
 	e.root = root
-	s.publish(e)
+	if !s.publish(e) {
+		return nil, errors.Join(ErrStopped, root.Detach(ctx))
+	}
 	return e, nil
 }
 

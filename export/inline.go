@@ -9,7 +9,7 @@ import (
 )
 
 // errCut ends the reader of a connection that was cut.
-var errCut = errors.New("cut")
+var errCut = errors.New("the connection was cut")
 
 // inlineMax is the longest READ that the reader answers itself, in bytes.
 const inlineMax = 64 << 10

@@ -163,7 +163,7 @@ func (o *output) direct(buf []byte) bool {
 	o.mu.Unlock()
 	o.bufs = append(o.bufs[:0], buf)
 	err := o.t.send(o.bufs)
-	o.bufs[:1][0] = nil
+	clear(o.bufs)
 	if err != nil {
 		o.failed()
 	}

@@ -1,8 +1,6 @@
 package export
 
-import (
-	"time"
-)
+import "time"
 
 // A queue is a list of requests, first in first out.
 type queue struct {
@@ -65,11 +63,11 @@ func (c *conn) enqueue(r *request) {
 	c.queue.push(r)
 	w := c.summon()
 	c.mu.Unlock()
-	w.go_()
+	w.start()
 }
 
 // summon finds a worker to be called when the queue is not empty: nil when one is
-// coming already or all are at work. conn.mu is held; go_ is called without.
+// coming already or all are at work. conn.mu is held; start is called without.
 func (c *conn) summon() *worker {
 	st := &c.staff
 	switch {
@@ -94,8 +92,8 @@ func (c *conn) summon() *worker {
 	return w
 }
 
-// go_ calls a worker that summon has returned.
-func (w *worker) go_() {
+// start calls a worker that summon has returned.
+func (w *worker) start() {
 	switch {
 	case w == nil:
 	case w.call == nil:
@@ -136,7 +134,7 @@ func (w *worker) run() {
 		next := c.summon()
 		coming := c.staff.coming
 		c.mu.Unlock()
-		next.go_()
+		next.start()
 		if !coming {
 			// Nobody else would send what is ready while this request runs.
 			c.out.flush()
@@ -206,7 +204,7 @@ func (c *conn) park(r *request) {
 	// The gate may have opened since it was asked; then nobody will call resume.
 	w := c.admitParked()
 	c.mu.Unlock()
-	w.go_()
+	w.start()
 }
 
 // resume is called when a drain has ended.
@@ -214,7 +212,7 @@ func (c *conn) resume() {
 	c.mu.Lock()
 	w := c.admitParked()
 	c.mu.Unlock()
-	w.go_()
+	w.start()
 }
 
 // admitParked admits waiting requests in their order, and returns the worker to be

@@ -112,7 +112,8 @@ func (c *conn) makeRoom() {
 	if x.end-x.start >= requestSize && be.Uint16(x.unread()[6:]) == cmdWrite {
 		need += int(min(be.Uint32(x.unread()[24:]), smallPayload))
 	}
-	if x.end < len(x.buf.data) && x.start+need <= len(x.buf.data) {
+	free, have := len(x.buf.data)-x.end, x.end-x.start
+	if free > 0 && x.start+need <= len(x.buf.data) && (free >= leastRoom || have >= leastRoom) {
 		return
 	}
 	if alone {
@@ -137,13 +138,17 @@ func (c *conn) leaveBuffer() {
 	b.release(&c.budget)
 }
 
-// idle gives memory back while nothing arrives, and limits the time for the rest of a payload.
+// idle gives memory back while nothing arrives.
 func (c *conn) idle() {
-	x := &c.rx
-	if x.buf != nil && x.start == x.end {
+	if c.rx.buf != nil && c.rx.start == c.rx.end {
 		c.leaveBuffer()
 	}
 	c.in.rest()
+}
+
+// waits limits the time for the rest of a payload.
+func (c *conn) waits() {
+	x := &c.rx
 	if x.deadline || !x.inPayload() {
 		return
 	}

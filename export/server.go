@@ -136,10 +136,15 @@ func (s *Server) forget(e *Export) {
 	delete(s.names, e.name)
 }
 
-func (s *Server) publish(e *Export) {
+// publish offers e to clients, unless the server has ended meanwhile.
+func (s *Server) publish(e *Export) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.stopping {
+		return false
+	}
 	s.exports = append(s.exports, e)
+	return true
 }
 
 // Exports lists the exports in the order in which they were added.

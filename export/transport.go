@@ -16,8 +16,10 @@ import (
 type room interface {
 	// space gives up to two pieces of memory to be filled in order; the second may be empty.
 	space() (a, b []byte)
-	// idle is told that nothing has arrived yet and that space is not needed until
-	// more has; it is not called by transports that cannot wait without memory.
+	// waits is told that nothing has arrived yet.
+	waits()
+	// idle is told that space is not needed until something has arrived. It is not
+	// called by transports that cannot wait without memory.
 	idle()
 }
 
@@ -89,6 +91,7 @@ func (d *deadlines) writeBy(t time.Time) {
 type stream struct{ deadlines }
 
 func (s *stream) receive(r room) (int, error) {
+	r.waits()
 	a, _ := r.space()
 	n, err := s.nc.Read(a)
 	if n > 0 {
@@ -174,6 +177,7 @@ func (s *socket) tryReceive(fd uintptr) bool {
 			continue
 		case errno == unix.EAGAIN:
 			s.riov[0].Base, s.riov[1].Base = nil, nil
+			s.room.waits()
 			s.room.idle()
 			return false
 		case errno != 0:
