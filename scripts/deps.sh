@@ -3,7 +3,7 @@
 # cannot, it says in one line what is missing and fails.
 set -u
 packages="gcc libc6-dev qemu-utils libnbd-bin nbdfuse python3-libnbd nbdkit fio e2fsprogs xfsprogs fuse3
-iproute2 openssl nbd-client strace procps util-linux systemd"
+iproute2 openssl nbd-client strace procps util-linux mount systemd"
 
 missing=
 for p in $packages; do
