@@ -11,6 +11,15 @@ import (
 // one write of the file, in bytes.
 const mergeLimit = 256 << 10
 
+// A wish says what an allocation is for.
+type wish uint8
+
+const (
+	wantData    wish = iota // to be written
+	wantZeroes              // to read as zero, whatever is there
+	wantReserve             // reads as zero already; to be provisioned
+)
+
 // An allocation is a run of guest clusters that get host clusters, while their
 // data is being written. Other requests that would change these clusters wait
 // until it has ended (rule R6).
@@ -78,7 +87,7 @@ func (im *image) writeNew(ctx context.Context, p []byte, off int64) (int64, erro
 	}
 	first := off >> im.clusterBits
 	last := (off + int64(len(p)) - 1) >> im.clusterBits
-	a, err := im.allocate(ctx, first, last-first+1, false)
+	a, err := im.allocate(ctx, first, last-first+1, wantData)
 	if a == nil || err != nil {
 		return 0, err
 	}
@@ -105,11 +114,11 @@ func needsCluster(kind ClusterKind, copied bool) bool {
 }
 
 // allocate begins an allocation for up to n guest clusters from first on. It
-// returns nil if the first does not need one. With zero, clusters that have a host
-// cluster of their own in reserve do not need one.
+// returns nil if the first does not need one: it can be written in place, or, where
+// zeroes are wanted, has a host cluster of its own, or does not read as zero any more.
 //
 // All clusters of an allocation lie in one slice, and their host clusters are adjacent.
-func (im *image) allocate(ctx context.Context, first, n int64, zero bool) (*allocation, error) {
+func (im *image) allocate(ctx context.Context, first, n int64, want wish) (*allocation, error) {
 	slice := uint32(first >> im.sliceBits)
 	n = min(n, (int64(slice)+1)<<im.sliceBits-first)
 	var a *allocation
@@ -125,14 +134,14 @@ func (im *image) allocate(ctx context.Context, first, n int64, zero bool) (*allo
 			return errRetry
 		}
 		n := im.freeUntil(first, n)
-		a, err = im.begin(ctx, slot, first, n, zero)
+		a, err = im.begin(ctx, slot, first, n, want)
 		return err
 	})
 	return a, err
 }
 
 // begin decides what the run at first needs, and takes host clusters for it. im.mu is held.
-func (im *image) begin(ctx context.Context, slot int, first, n int64, zero bool) (*allocation, error) {
+func (im *image) begin(ctx context.Context, slot int, first, n int64, want wish) (*allocation, error) {
 	entries := im.l2.slice(slot)
 	at := func(i int64) (ClusterKind, int64, bool) {
 		e := entries[(first+i)&int64(len(entries)-1)].Load()
@@ -142,9 +151,12 @@ func (im *image) begin(ctx context.Context, slot int, first, n int64, zero bool)
 	a := &allocation{first: first, n: 1}
 	kind, host, copied := at(0)
 	switch {
+	case want == wantReserve && !im.readsZero(first, kind):
+		return nil, nil
 	case needsCluster(kind, copied):
 		for ; a.n < n; a.n++ {
-			if k, _, c := at(a.n); !needsCluster(k, c) {
+			k, _, c := at(a.n)
+			if !needsCluster(k, c) || want == wantReserve && !im.readsZero(first+a.n, k) {
 				break
 			}
 		}
@@ -154,7 +166,7 @@ func (im *image) begin(ctx context.Context, slot int, first, n int64, zero bool)
 		}
 		a.n, a.host, a.fresh = e.n, e.first<<im.clusterBits, fresh
 		im.allocations.Add(block.ShardOf(ctx), e.n)
-	case kind == ClusterZeroAlloc && !zero:
+	case kind == ClusterZeroAlloc && want == wantData:
 		for ; a.n < n; a.n++ {
 			if k, h, c := at(a.n); k != kind || !c || h != host+a.n<<im.clusterBits {
 				break

@@ -71,8 +71,11 @@ func (im *image) zeroPart(ctx context.Context, off, n int64, flags block.ReqFlag
 		step := m.length
 		switch {
 		case im.readsZero(cluster, m.kind):
-			if flags&block.MayUnmap == 0 {
-				err = im.provision(ctx, cluster, cluster+1)
+			if flags&block.MayUnmap == 0 && needsCluster(m.kind, m.copied) {
+				var done int64
+				if done, err = im.allocateZero(ctx, cluster, 1, true); done == 0 {
+					step = 0 // it has changed meanwhile
+				}
 			}
 		case m.kind == ClusterData && m.copied:
 			if err = im.mayWrite(m.host, m.length); err == nil {
@@ -180,7 +183,7 @@ func (im *image) provision(ctx context.Context, first, last int64) error {
 			return err
 		}
 		if n == 0 {
-			if n, err = im.allocateZero(ctx, first, last-first); err != nil {
+			if n, err = im.allocateZero(ctx, first, last-first, false); err != nil {
 				return err
 			}
 		}
@@ -224,9 +227,14 @@ func (im *image) zeroAllocated(ctx context.Context, first, n int64) (int64, erro
 
 // allocateZero gives the first of up to n guest clusters new host clusters, and
 // tells how many. The file is asked to provide space for them where it can without
-// writing zeroes; else it is made to reach to their end.
-func (im *image) allocateZero(ctx context.Context, first, n int64) (int64, error) {
-	a, err := im.allocate(ctx, first, n, true)
+// writing zeroes; else it is made to reach to their end. With part, only clusters
+// that read as zero already are taken.
+func (im *image) allocateZero(ctx context.Context, first, n int64, part bool) (int64, error) {
+	want := wantZeroes
+	if part {
+		want = wantReserve
+	}
+	a, err := im.allocate(ctx, first, n, want)
 	if a == nil || err != nil {
 		return 0, err
 	}
