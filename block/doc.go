@@ -27,6 +27,7 @@
 //	Graph.mu           the graph: node table, edges, permissions, drain counts
 //	  Root.mu          the lanes of a root and what waits on them
 //	    Node.rmu       ranges of writes in flight on a node with alignment
+//	    Node.gmu       growth of such a node
 //	      locks inside an Instance
 //
 // Graph.mu is never held across I/O of a request path, and never taken by a

@@ -34,6 +34,8 @@ type Node struct {
 
 	rmu    sync.Mutex // guards writes
 	writes writeRanges
+
+	gmu sync.Mutex // held while a write makes the node longer, see growTo
 }
 
 func (n *Node) setInstance(inst Instance) {

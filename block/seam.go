@@ -143,6 +143,9 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 	serial := (off|length)&(a-1) != 0
 	w := n.beginWrite(head, tail-head, serial)
 	defer n.endWrite(w)
+	if err := n.growTo(ctx, off+length); err != nil {
+		return err
+	}
 	if !serial {
 		return n.writeAligned(ctx, p, off, flags)
 	}
@@ -163,6 +166,21 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 		return nil
 	}
 	return n.modify(ctx, p[whole:], off+whole, off+whole, tail, flags)
+}
+
+// growTo makes the node reach to end before a write there, where the driver could
+// not tell growth from the padding of its last block.
+func (n *Node) growTo(ctx context.Context, end int64) error {
+	a := n.limits.RequestAlignment
+	if size := n.inst.Size(); end <= size || (end|size)&(a-1) == 0 || n.truncater == nil {
+		return nil
+	}
+	n.gmu.Lock()
+	defer n.gmu.Unlock()
+	if end <= n.inst.Size() {
+		return nil
+	}
+	return n.truncater.Truncate(ctx, end)
 }
 
 // modify puts p into the blocks [head, tail).
