@@ -6,7 +6,8 @@ bin=$1
 image=${2:-}
 dir=$(mktemp -d "${TMPDIR:-/tmp}/nbdserve-demo.XXXXXX")
 trap 'rm -rf "$dir"' EXIT
-trap : INT TERM # the server gets them too, and ends
+server=
+trap '[ -z "$server" ] || kill -TERM "$server"' INT TERM # a shell's background ignores SIGINT
 
 if [ -z "$image" ]; then
 	image=$dir/disk.qcow2

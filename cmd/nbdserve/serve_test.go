@@ -266,6 +266,23 @@ func TestServesUntilSigterm(t *testing.T) {
 	}
 }
 
+func TestIgnoredSignalsStayIgnored(t *testing.T) {
+	cmd := command()
+	cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", `trap "" HUP INT; exec "$@"`, "sh", os.Args[0], "serve", makeDisk(t), "-f", "raw",
+		"--listen=tcp:localhost:0", "--print-uri"}
+	p := start(t, cmd)
+	p.line()
+	p.signal(syscall.SIGHUP)
+	p.signal(syscall.SIGINT)
+	p.signal(syscall.SIGTERM)
+	if s := p.status(); s != 0 {
+		t.Errorf("exit status %d", s)
+	}
+	if text := strings.Join(p.lines, "\n"); !strings.Contains(text, "signal=terminated") || strings.Contains(text, "cutting") {
+		t.Errorf("log:\n%s", text)
+	}
+}
+
 func TestSecondSignalCuts(t *testing.T) {
 	p, socket := serveDisk(t)
 	c := connect(t, "unix", socket)

@@ -98,7 +98,12 @@ func (s *session) start(stdout io.Writer) (err error) {
 	s.published.Store(true)
 
 	// Up to here a signal just ends the process; now there is something to tidy up.
-	signal.Notify(s.signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(s.signals, syscall.SIGTERM)
+	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGHUP} {
+		if !signal.Ignored(sig) { // nohup, or a script's background, wants it so
+			signal.Notify(s.signals, sig)
+		}
+	}
 	if err := s.bind(); err != nil {
 		return err
 	}
