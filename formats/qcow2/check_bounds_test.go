@@ -106,9 +106,9 @@ func checkReads(t *testing.T, s *sparseTarget) (*CheckResult, int64) {
 }
 
 func TestManyEntriesForOneL2TableAreReadOnce(t *testing.T) {
-	const n = 1 << 18
-	table := words(slices.Repeat([]uint64{entryCopied | 4<<21}, n))
-	s := crafted(t, 16<<21, &Header{ClusterBits: 21, Size: 1 << 30}, slices.Repeat([]uint64{entryCopied | 5<<21}, n), map[int64][]byte{5: table})
+	const n = 1 << 15
+	table := words(slices.Repeat([]uint64{entryCopied | 4<<18}, n))
+	s := crafted(t, 16<<18, &Header{ClusterBits: 18, Size: 1 << 30}, slices.Repeat([]uint64{entryCopied | 5<<18}, n), map[int64][]byte{5: table})
 	res, read := checkReads(t, s)
 	if read > s.size {
 		t.Errorf("%d bytes read of a file of %d", read, s.size)

@@ -22,6 +22,11 @@ type Target interface {
 	Truncate(ctx context.Context, size int64) error
 }
 
+var (
+	_ Target = (*block.Edge)(nil)
+	_ Target = (*block.Root)(nil)
+)
+
 // CreateOptions say what image [Create] makes. The zero value of each field but
 // Size is the default.
 type CreateOptions struct {

@@ -31,12 +31,12 @@ func TestCreatedImagesCanBeWrittenByQemu(t *testing.T) {
 	for _, opts := range []CreateOptions{
 		{}, {Version: 2}, {ClusterSize: 512}, {ClusterSize: 512, RefcountBits: 64}, {ClusterSize: 2 << 20}, {RefcountBits: 1}, {Compression: CompressionZstd},
 	} {
-		opts.Size = 16 << 20
+		opts.Size = 4 << 20
 		path := imagePath(t, "a.qcow2")
 		if err := Create(t.Context(), openTarget(t, path), opts); err != nil {
 			t.Fatal(err)
 		}
-		mustRun(t, "qemu-io", "-f", "qcow2", "-c", "write -P 1 0 16M", "-c", "read -P 1 0 16M", path)
+		mustRun(t, "qemu-io", "-f", "qcow2", "-c", "write -P 1 0 4M", "-c", "read -P 1 0 4M", path)
 		mustRun(t, "qemu-img", "check", "-q", path)
 	}
 }

@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
-
-	"github.com/nbdserve/nbdserve/block"
 )
 
 // Info is what is special to qcow2 about an image, in the names of qemu-img info's
@@ -317,5 +315,3 @@ func (t *tableReader) skip(n int64) error {
 
 // align8 passes over padding. The padding of the last entry may be missing.
 func (t *tableReader) align8() { t.pos = min((t.pos+7)&^7, t.limit) }
-
-var _ Reader = (*block.Edge)(nil)
