@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -64,4 +66,24 @@ func TestCopyBetweenTwoServers(t *testing.T) {
 	to.stop()
 	identical(t, "raw", source, "qcow2", disk)
 	clean(t, disk)
+}
+
+func TestOtherClients(t *testing.T) {
+	t.Parallel()
+	dir := tempDir(t)
+	source := patchyFile(t, filepath.Join(dir, "source"), 10, 8*mib)
+	s := start(t, "--format", "raw", "--name", "disk", "--print-uri", source, "--listen", "unix:"+filepath.Join(dir, "s"), "--listen", "tcp:127.0.0.1:0")
+	if out := run(t, "qemu-nbd", "--list", "--socket", s.socket); !strings.Contains(out, "'disk'") || !strings.Contains(out, "8388608") || !strings.Contains(out, "base:allocation") {
+		t.Errorf("qemu-nbd --list shows %s", out)
+	}
+	host, port, err := net.SplitHostPort(strings.TrimSuffix(strings.TrimPrefix(s.stdout.lines(2)[1], "nbd://"), "/disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := run(t, "nbd-client", "-l", host, port); !strings.Contains(out, "disk") {
+		t.Errorf("nbd-client -l shows %s", out)
+	}
+	back := filepath.Join(dir, "back")
+	run(t, "nbdkit", "-r", "-U", "-", "nbd", "uri="+unixURI(s.socket, "disk"), "--run", `nbdcopy "$uri" `+back)
+	identical(t, "raw", source, "raw", back)
 }

@@ -107,6 +107,40 @@ func TestEverySignalToEndEndsInOrder(t *testing.T) {
 	}
 }
 
+// What the server had read when SIGTERM came is answered, all of it, and then the connection ends.
+func TestRequestsInFlightAtSIGTERMAreAnswered(t *testing.T) {
+	t.Parallel()
+	s := start(t, "--format", "qcow2", newImage(t))
+	c := connect(t, s)
+	const n = 100
+	for range n { // one segment, so that one receive gets them all
+		if err := c.request(cmdRead, 0, 0, 100*kib, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.w.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		if _, code, err := c.reply(); err != nil || code != 0 {
+			t.Fatalf("answer %d of %d: error %d, %v\n%s", i, n, code, err, s.stderr)
+		}
+		if _, err := io.CopyN(io.Discard, c.r, 100*kib); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			s.signal(syscall.SIGTERM)
+			s.stderr.await(t, "ending")
+		}
+	}
+	if _, err := c.r.ReadByte(); err != io.EOF {
+		t.Errorf("behind the answers comes %v, expected the end", err)
+	}
+	if code := s.wait(); code != 0 {
+		t.Errorf("exit status %d\n%s", code, s.stderr)
+	}
+}
+
 // A client that sends reads and never receives holds up neither the first SIGTERM for ever nor the second at all.
 func TestSecondSIGTERMCuts(t *testing.T) {
 	t.Parallel()

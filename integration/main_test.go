@@ -14,10 +14,9 @@ import (
 
 // programs are what the tests run, and the Debian packages that have them.
 var programs = map[string]string{
-	"blkid": "util-linux", "blockdev": "util-linux", "du": "coreutils",
-	"e2fsck": "e2fsprogs", "fio": "fio", "fstrim": "util-linux", "fusermount3": "fuse3",
+	"diff": "diffutils", "e2fsck": "e2fsprogs", "fio": "fio", "fstrim": "util-linux", "fusermount3": "fuse3",
 	"gcc": "gcc", "losetup": "mount", "mke2fs": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mount": "mount",
-	"nbdcopy": "libnbd-bin", "nbdfuse": "nbdfuse", "nbdinfo": "libnbd-bin", "nbdkit": "nbdkit",
+	"nbd-client": "nbd-client", "nbdcopy": "libnbd-bin", "nbdfuse": "nbdfuse", "nbdinfo": "libnbd-bin", "nbdkit": "nbdkit", "nbdsh": "python3-libnbd",
 	"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "qemu-nbd": "qemu-utils",
 	"setpriv": "util-linux", "sh": "dash", "systemd-socket-activate": "systemd",
 	"umount": "mount", "/usr/bin/python3": "python3-libnbd",
