@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/nbdserve/nbdserve/block"
@@ -148,7 +149,7 @@ func (c *conn) transmit() {
 	polite := err == nil
 	if !polite {
 		c.leaveParked()
-		if !errors.Is(err, io.EOF) {
+		if !goneAway(err) {
 			c.log.Info("client lost", "err", err)
 		}
 	}
@@ -188,6 +189,11 @@ func (c *conn) readRequests() error {
 			return err
 		}
 	}
+}
+
+// goneAway tells that the client closed the connection, which is no news.
+func goneAway(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
 }
 
 // interrupted judges an error of receive; nil means to go on.

@@ -38,17 +38,22 @@ func (in *inline) rest() {
 	}
 }
 
-// answerInline answers an admitted READ of 1 to inlineMax bytes if the data can be
-// had without waiting.
-func (c *conn) answerInline(r *request) bool {
+// makeInline makes room for the answer to r. It may send, so it is called before r is admitted.
+func (c *conn) makeInline(r *request) {
 	in := &c.in
-	n := int(r.length)
-	if in.used+dataChunkSize+n > txSize {
+	if in.used+dataChunkSize+int(r.length) > txSize {
 		c.sendInline()
 	}
 	if in.buf == nil {
 		in.buf = block.GetBuffer(txSize)
 	}
+}
+
+// answerInline answers an admitted READ that makeInline made room for, if the data
+// can be had without waiting.
+func (c *conn) answerInline(r *request) bool {
+	in := &c.in
+	n := int(r.length)
 	head := simpleSize
 	if c.structured {
 		head = dataChunkSize

@@ -55,7 +55,7 @@ func (c *conn) negotiate() *Export {
 
 // reportNegotiation logs why a negotiation failed. A peer that goes away is no news.
 func (c *conn) reportNegotiation(err error) {
-	if errors.Is(err, errDone) || errors.Is(err, io.EOF) {
+	if errors.Is(err, errDone) || goneAway(err) {
 		return
 	}
 	c.s.failed.Add(1)

@@ -87,12 +87,13 @@ type output struct {
 
 	mu      sync.Mutex
 	pending batch
-	sending bool // somebody is in send
+	sending bool // somebody is in transmit
 	dead    bool // sending has failed
 
 	// Of whoever is sending.
-	out  batch
-	bufs [][]byte
+	out  batch    // what is being sent
+	rest [][]byte // what is left of it; not empty between two sends if the first did not wait
+	bufs [][]byte // memory for rest
 }
 
 // put adds the answers in b, and empties it.
@@ -109,34 +110,60 @@ func (o *output) put(b *batch) {
 	o.mu.Unlock()
 }
 
-// flush sends what is there, unless somebody is at it already: then it is sent by
-// that one, before it stops.
-func (o *output) flush() {
+// flush sends what is there, waiting for the client if need be. If somebody is
+// sending already, it is left to that one. It must not be called with an admitted
+// request in hand: that would hold up a drain.
+func (o *output) flush() { o.transmit(true) }
+
+// tryFlush sends what can be sent without waiting. False means that something is
+// left, and that somebody has to call flush.
+func (o *output) tryFlush() bool { return o.transmit(false) }
+
+func (o *output) transmit(wait bool) bool {
 	o.mu.Lock()
 	if o.sending {
 		o.mu.Unlock()
-		return
+		return true
 	}
 	o.sending = true
-	for !o.pending.empty() && !o.dead {
-		o.pending, o.out = o.out, o.pending
+	for !o.dead && (len(o.rest) > 0 || !o.pending.empty()) {
+		if len(o.rest) == 0 {
+			o.pending, o.out = o.out, o.pending
+			o.bufs = o.out.buffers(o.bufs[:0])
+			o.rest = o.bufs
+		}
 		o.mu.Unlock()
-		o.bufs = o.out.buffers(o.bufs[:0])
-		err := o.t.send(o.bufs)
-		clear(o.bufs)
-		o.out.free()
-		o.budget.give(o.out.requests, o.out.bytes)
-		o.out.reset()
-		if err != nil {
-			o.failed()
+		var err error
+		o.rest, err = o.t.send(o.rest, wait)
+		left := len(o.rest) > 0 && err == nil
+		if !left {
+			o.finishOut(err)
 		}
 		o.mu.Lock()
+		if left {
+			o.sending = false
+			o.mu.Unlock()
+			return false
+		}
 		if err != nil {
 			o.die()
 		}
 	}
 	o.sending = false
 	o.mu.Unlock()
+	return true
+}
+
+// finishOut gives back what belonged to the batch that was sent, or could not be.
+func (o *output) finishOut(err error) {
+	clear(o.bufs)
+	o.rest = nil
+	o.out.free()
+	o.budget.give(o.out.requests, o.out.bytes)
+	o.out.reset()
+	if err != nil {
+		o.failed()
+	}
 }
 
 // die drops what is pending. output.mu is held.
@@ -155,14 +182,14 @@ func (o *output) direct(buf []byte) bool {
 		o.mu.Unlock()
 		return true
 	}
-	if o.sending || !o.pending.empty() {
+	if o.sending || len(o.rest) > 0 || !o.pending.empty() {
 		o.mu.Unlock()
 		return false
 	}
 	o.sending = true
 	o.mu.Unlock()
 	o.bufs = append(o.bufs[:0], buf)
-	err := o.t.send(o.bufs)
+	_, err := o.t.send(o.bufs, true)
 	clear(o.bufs)
 	if err != nil {
 		o.failed()

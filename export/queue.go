@@ -66,12 +66,19 @@ func (c *conn) enqueue(r *request) {
 	w.start()
 }
 
-// summon finds a worker to be called when the queue is not empty: nil when one is
-// coming already or all are at work. conn.mu is held; start is called without.
+// summon finds a worker to be called for the queue: nil when it is empty, one is
+// coming already, or all are at work. conn.mu is held; start is called without.
 func (c *conn) summon() *worker {
+	if c.queue.n == 0 {
+		return nil
+	}
+	return c.summonAnyway()
+}
+
+func (c *conn) summonAnyway() *worker {
 	st := &c.staff
 	switch {
-	case st.coming || c.queue.n == 0:
+	case st.coming:
 		return nil
 	case len(st.idle) > 0:
 		w := st.idle[len(st.idle)-1]
@@ -135,9 +142,13 @@ func (w *worker) run() {
 		coming := c.staff.coming
 		c.mu.Unlock()
 		next.start()
-		if !coming {
-			// Nobody else would send what is ready while this request runs.
-			c.out.flush()
+		// Nobody else would send what is ready while this request runs. It must not
+		// wait for the client: if that is needed, somebody else does it.
+		if !coming && !c.out.tryFlush() {
+			c.mu.Lock()
+			next = c.summonAnyway()
+			c.mu.Unlock()
+			next.start()
 		}
 		w.execute()
 		c.mu.Lock()

@@ -190,6 +190,7 @@ func (c *conn) admit(r *request) error {
 		return err
 	}
 	if c.in.takes(r) && !c.waiting.Load() {
+		c.makeInline(r)
 		if adm, ok := c.lane.Begin(); ok {
 			done := c.answerInline(r)
 			c.lane.End(adm)

@@ -29,9 +29,11 @@ type transport interface {
 	// receive waits until something has arrived and puts it where r says. n is at
 	// least 1 without an error. At the end of the stream the error is io.EOF.
 	receive(r room) (n int, err error)
-	// send sends all of bufs, whose elements it changes. It fails with
-	// os.ErrDeadlineExceeded when the peer takes nothing for the send timeout.
-	send(bufs [][]byte) error
+	// send sends bufs, whose elements it changes, and returns what is left of them:
+	// nothing, unless it fails or would have to wait for the peer and wait is false.
+	// It fails with os.ErrDeadlineExceeded when the peer takes nothing for the send
+	// timeout.
+	send(bufs [][]byte, wait bool) (rest [][]byte, err error)
 	// readBy makes receive fail with os.ErrDeadlineExceeded from t on; the zero time: never.
 	readBy(t time.Time)
 	// abort makes everything fail from now on. It may be called at any time.
@@ -103,18 +105,22 @@ func (s *stream) receive(r room) (int, error) {
 	return 0, err
 }
 
-func (s *stream) send(bufs [][]byte) error {
+// send has no way to find out whether it would wait.
+func (s *stream) send(bufs [][]byte, wait bool) ([][]byte, error) {
+	if !wait {
+		return bufs, nil
+	}
 	for _, b := range bufs {
 		for len(b) > 0 {
 			part := b[:min(len(b), 256<<10)] // each part shows progress
 			s.writeBy(time.Now().Add(s.timeout))
 			if _, err := s.nc.Write(part); err != nil {
-				return err
+				return nil, err
 			}
 			b = b[len(part):]
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // maxIovecs is the kernel's limit of one call.
@@ -137,6 +143,7 @@ type socket struct {
 	// Of send.
 	writable func(fd uintptr) bool
 	bufs     [][]byte
+	wait     bool
 	wiov     []unix.Iovec
 	msg      unix.Msghdr
 	timed    bool // a write deadline is set
@@ -191,9 +198,10 @@ func (s *socket) tryReceive(fd uintptr) bool {
 	}
 }
 
-func (s *socket) send(bufs [][]byte) error {
-	s.bufs, s.werr = bufs, nil
+func (s *socket) send(bufs [][]byte, wait bool) ([][]byte, error) {
+	s.bufs, s.wait, s.werr = bufs, wait, nil
 	err := s.raw.Write(s.writable)
+	rest := s.bufs
 	s.bufs = nil
 	clear(s.wiov)
 	if s.timed {
@@ -201,9 +209,9 @@ func (s *socket) send(bufs [][]byte) error {
 		s.writeBy(time.Time{})
 	}
 	if err != nil {
-		return err
+		return rest, err
 	}
-	return s.werr
+	return rest, s.werr
 }
 
 // trySend is called until it says true, each time when the socket may be writable.
@@ -220,6 +228,8 @@ func (s *socket) trySend(fd uintptr) bool {
 		n, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&s.msg)), unix.MSG_NOSIGNAL)
 		switch {
 		case errno == unix.EINTR:
+		case errno == unix.EAGAIN && !s.wait:
+			return true
 		case errno == unix.EAGAIN:
 			if !s.stuck {
 				s.timed, s.stuck = true, true

@@ -1,0 +1,12 @@
+package export
+
+import "golang.org/x/sys/unix"
+
+// unreadBytes asks how much a socket has received that nobody has read.
+func unreadBytes(fd int) int {
+	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	if err != nil {
+		return -1
+	}
+	return n
+}
