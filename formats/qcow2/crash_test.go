@@ -320,6 +320,9 @@ func (r *crashRun) worker(w, workers int, root *block.Root) error {
 	if ops == 0 {
 		ops = 60 / workers
 	}
+	if long() {
+		ops *= 3
+	}
 	lane := root.NewLane(block.Shard(w), nil)
 	defer lane.Close()
 	ctx := lane.Context(context.Background())
@@ -392,7 +395,7 @@ func (r *crashRun) judge() error {
 		plan.PerCut = 4
 	}
 	if long() {
-		plan.PerCut *= 3
+		plan.PerCut *= 2
 	}
 	for s := range r.log.States(plan) {
 		if err := r.look(s); err != nil {
@@ -592,10 +595,11 @@ func (r *crashRun) goOn(s blocktest.State, got []byte) error {
 func TestImageSurvivesEveryCut(t *testing.T) {
 	seeds := uint64(1)
 	if long() {
-		seeds = 20
+		seeds = 3
 	}
 	for _, c := range crashCases {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			for seed := range seeds {
 				c.seed = seed
 				r := prepareCrash(t, c)
@@ -633,6 +637,7 @@ func TestCrashTestNoticesEachBrokenRule(t *testing.T) {
 	}
 	for name, rule := range rules {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			for seed := range uint64(10) {
 				for _, c := range crashCases {
 					if c.dirty != (rule == ruleDirtyLast) || c.workers > 1 || c.prepare != nil {
