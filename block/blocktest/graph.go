@@ -65,10 +65,13 @@ func watchGoroutines(t TB) {
 	})
 }
 
+// goroutineWait is how long goroutines may take to end once their work is done.
+var goroutineWait = 5 * time.Second
+
 // waitGoroutines gives goroutines that have done their work the time to end.
 func waitGoroutines(name string) string {
 	left := labelled(name)
-	for end := time.Now().Add(5 * time.Second); left != "" && time.Now().Before(end); left = labelled(name) {
+	for end := time.Now().Add(goroutineWait); left != "" && time.Now().Before(end); left = labelled(name) {
 		runtime.Gosched()
 	}
 	return left
