@@ -55,7 +55,7 @@ func serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "description", Category: export, Usage: "`TEXT` for clients that list exports"},
 			&cli.StringFlag{Name: "max-clients", Value: "64", Category: export, Usage: "`NUMBER` of clients served at a time, 0 for no limit"},
 
-			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID"},
+			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID; for --run a private one"},
 			&cli.BoolFlag{Name: "print-uri", Category: sockets, Usage: "print the URI of each socket on standard output, one a line, when ready"},
 
 			&cli.BoolFlag{Name: "once", Category: life, Usage: "end when the last client has left"},

@@ -353,6 +353,26 @@ func TestRunTellsTheCommandWhereToConnect(t *testing.T) {
 	p.status()
 }
 
+func TestRunHasASocketOfItsOwn(t *testing.T) {
+	dir := t.TempDir()
+	cmd := command("serve", makeDisk(t), "-f", "raw", "--run", `echo "$unixsocket"; nbdinfo --size "$uri"`)
+	cmd.Env = append(cmd.Env, "TMPDIR="+dir)
+	p := start(t, cmd)
+	socket := p.line()
+	if !strings.HasPrefix(socket, dir+"/") {
+		t.Errorf("socket: %s", socket)
+	}
+	if size := p.line(); size != strconv.Itoa(exportSize) {
+		t.Errorf("nbdinfo: %s", size)
+	}
+	if s := p.status(); s != 0 {
+		t.Errorf("exit status %d", s)
+	}
+	if exists(filepath.Dir(socket)) {
+		t.Error("the socket's folder is still there")
+	}
+}
+
 func TestSigtermGoesToTheCommandFirst(t *testing.T) {
 	p := start(t, command("serve", makeDisk(t), "-f", "raw", "--listen=tcp:localhost:0",
 		"--run", `trap 'nbdinfo --size "$uri"; exit 5' TERM; echo ready; while :; do sleep 0.01; done`))

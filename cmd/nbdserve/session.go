@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -33,6 +34,7 @@ type session struct {
 	server    *export.Server
 	listeners []*listener
 	accepting sync.WaitGroup // the loops that accept
+	ownFolder string         // of the socket for --run; "": none
 	command   *captive       // of --run; nil: none
 
 	published atomic.Bool // exports and nodes may be asked for figures
@@ -128,7 +130,7 @@ func (s *session) bind() error {
 	}
 	addresses := s.listen
 	if len(addresses) == 0 {
-		a, err := defaultListen(s.image.path)
+		a, err := s.defaultAddress()
 		if err != nil {
 			return err
 		}
@@ -145,6 +147,20 @@ func (s *session) bind() error {
 		}
 	}
 	return nil
+}
+
+// defaultAddress is where to listen without --listen: for a command of --run, which
+// is told, at a place of its own.
+func (s *session) defaultAddress() (address, error) {
+	if s.run == "" {
+		return defaultListen(s.image.path)
+	}
+	dir, err := os.MkdirTemp("", "nbdserve-run-")
+	if err != nil {
+		return address{}, fmt.Errorf("cannot make a folder for the socket of --run: %w", err)
+	}
+	s.ownFolder = dir
+	return parseListen("unix:" + filepath.Join(dir, "sock"))
 }
 
 // announce tells everybody who waits that clients are accepted, and starts --run.
@@ -249,6 +265,9 @@ func (s *session) close() error {
 	if s.command != nil { // the session failed with the command running
 		errs = append(errs, s.command.signal(syscall.SIGKILL))
 		<-s.command.done
+	}
+	if s.ownFolder != "" {
+		add("cannot remove the folder of the socket", os.Remove(s.ownFolder))
 	}
 	if s.metrics != nil {
 		// Before the nodes: a scrape may be asking one.
