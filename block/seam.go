@@ -9,9 +9,17 @@ import (
 // maxOffset bounds what a node can hold, so that sums of an offset and a length never overflow.
 const maxOffset = math.MaxInt64 &^ (1<<30 - 1)
 
+// fail says where err happened, unless a node below has said so.
 func (n *Node) fail(op string, off, length int64, err error) error {
+	if err == nil {
+		return nil
+	}
+	return n.located(op, off, length, err)
+}
+
+func (n *Node) located(op string, off, length int64, err error) error {
 	var at *NodeError
-	if err == nil || errors.As(err, &at) {
+	if errors.As(err, &at) {
 		return err
 	}
 	return &NodeError{Node: n.name, Op: op, Off: off, Length: length, Err: err}
