@@ -1,6 +1,10 @@
 package export
 
-import "golang.org/x/sys/unix"
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
 
 // unreadBytes asks how much a socket has received that nobody has read.
 func unreadBytes(fd int) int {
@@ -10,3 +14,6 @@ func unreadBytes(fd int) int {
 	}
 	return n
 }
+
+// noDeadline takes a deadline away.
+var noDeadline time.Time

@@ -2,11 +2,10 @@ package export
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/nbdserve/nbdserve/block"
 	"github.com/nbdserve/nbdserve/internal/iostat"
-
-	"time"
 )
 
 // A request is one command of a client.
@@ -46,6 +45,8 @@ var ops = [...]iostat.Op{
 
 func (r *request) op() iostat.Op { return ops[r.cmd] }
 
+func (r *request) known() bool { return int(r.cmd) < len(ops) && r.cmd != cmdDisc }
+
 // validFlags are the flags that each command knows; FUA goes with all.
 var validFlags = [...]uint16{
 	cmdRead: flagFUA | flagDF, cmdWrite: flagFUA, cmdFlush: flagFUA, cmdTrim: flagFUA,
@@ -57,14 +58,19 @@ type rejection struct {
 	cookie uint64
 	errno  uint32
 	text   string
+	op     iostat.Op // NumOps for an unknown command
 }
 
 // check validates a request. The errno of its result is 0 for a good one.
 func (c *conn) check(r *request) rejection {
 	bad := func(errno uint32, format string, args ...any) rejection {
-		return rejection{cookie: r.cookie, errno: errno, text: fmt.Sprintf(format, args...)}
+		op := iostat.NumOps
+		if r.known() {
+			op = r.op()
+		}
+		return rejection{r.cookie, errno, fmt.Sprintf(format, args...), op}
 	}
-	if int(r.cmd) >= len(validFlags) || r.cmd == cmdDisc {
+	if !r.known() {
 		return bad(nbdEINVAL, "unknown command %d", r.cmd)
 	}
 	if f := r.flags &^ validFlags[r.cmd]; f != 0 {
@@ -116,6 +122,10 @@ func (c *conn) reject(bad rejection) error {
 	}
 	c.budget.requests.Add(1)
 	c.log.Debug("bad request", "err", bad.text)
+	if bad.op < iostat.NumOps {
+		c.stat.Start(bad.op, 1)
+		c.stat.Finish(bad.op, false, 0, c.s.now()-c.in.now)
+	}
 	c.in.rejections.requests++
 	c.errorReply(&c.in.rejections, bad.cookie, bad.errno, bad.text)
 	c.out.put(&c.in.rejections)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/nbdserve/nbdserve/block"
 	"github.com/nbdserve/nbdserve/block/blocktest"
+	"github.com/nbdserve/nbdserve/internal/iostat"
 )
 
 // TestBadRequestsAreRefusedAndTheStreamStaysInStep has one bad request a row. After
@@ -51,8 +52,13 @@ func TestBadRequestsAreRefusedAndTheStreamStaysInStep(t *testing.T) {
 		{"116 FLUSH with a length", cmdFlush, 0, 0, 1, nbdEINVAL},
 	}
 	bothKinds(t, func(t *testing.T, structured bool) {
-		c := newRig(t, setup{size: size}).connect().attach(structured)
+		r := newRig(t, setup{size: size})
+		c := r.connect().attach(structured)
+		var failed [iostat.NumOps]int64
 		for _, row := range rows {
+			if int(row.cmd) < len(ops) && !(structured && row.cmd == cmdBlockStatus) {
+				failed[ops[row.cmd]]++
+			}
 			if structured && row.cmd == cmdBlockStatus {
 				continue
 			}
@@ -67,6 +73,12 @@ func TestBadRequestsAreRefusedAndTheStreamStaysInStep(t *testing.T) {
 			}
 			if r := c.do(cmdRead, 0, 512, 512); !bytes.Equal(r.data, pattern(512, 512)) {
 				t.Fatalf("%s: the stream is out of step", row.name)
+			}
+		}
+		snapshot := r.e.Stats()
+		for op, n := range failed {
+			if f := snapshot.Ops[op]; f.Failed != n || f.InFlight != 0 {
+				t.Errorf("%s: %d failed and %d in flight are counted, want %d and 0", iostat.Op(op), f.Failed, f.InFlight, n)
 			}
 		}
 	})

@@ -56,6 +56,7 @@ type setup struct {
 	// direct leaves the slow and the fault node out, so that reads can be answered inline.
 	direct   bool
 	readOnly bool
+	graph    *block.Graph // nil: a new one that is watched for leaks
 }
 
 // newRig serves size bytes of pattern data.
@@ -68,7 +69,10 @@ func newRig(t blocktest.TB, u setup) *rig {
 		u.limits = blocktest.AllFlags
 	}
 	r := &rig{t: t, store: blocktest.NewStore(u.size), gate: blocktest.NewGate(), faults: new(blocktest.Faults),
-		graph: blocktest.NewGraph(t), served: make(chan struct{}, 1000)}
+		graph: u.graph, served: make(chan struct{}, 1000)}
+	if r.graph == nil {
+		r.graph = blocktest.NewGraph(t)
+	}
 	r.store.Write(pattern(0, min(u.size, 1<<20)), 0)
 	cfg := &block.Config{Driver: "memory", Unmap: true, Options: &blocktest.MemoryOptions{Store: r.store, Limits: u.limits}}
 	if !u.direct {
