@@ -13,13 +13,10 @@ func TestQcow2NodesConform(t *testing.T) {
 		opts    CreateOptions
 		backing int64 // 0: none
 	}{
-		{CreateOptions{ClusterSize: 512, RefcountBits: 64}, 0},
 		{CreateOptions{ClusterSize: 512, RefcountBits: 1}, 100000},
-		{CreateOptions{ClusterSize: 4096, RefcountBits: 16, Version: 2}, 0},
-		{CreateOptions{ClusterSize: 4096, RefcountBits: 8, Version: 3}, 300000},
+		{CreateOptions{ClusterSize: 4096, RefcountBits: 64, Version: 3}, 300000},
 		{CreateOptions{ClusterSize: 65536}, 0},
 		{CreateOptions{ClusterSize: 65536, Version: 2}, 400000},
-		{CreateOptions{ClusterSize: 2 << 20}, 100000},
 	} {
 		c.opts.Size = 256<<10 + 512
 		name := fmt.Sprintf("v%d cluster %d refcount %d backing %d", c.opts.Version, c.opts.ClusterSize, c.opts.RefcountBits, c.backing)

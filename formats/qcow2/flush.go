@@ -5,8 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"slices"
-
-	"github.com/nbdserve/nbdserve/block"
 )
 
 // Metadata is written in rounds, one at a time. A round copies all changes at one
@@ -73,22 +71,18 @@ func (im *image) flushMetadata(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var grace *block.Grace
-	if len(r.freed) > 0 {
-		grace = im.node.Grace()
-	}
 	err = im.writeRound(ctx, r)
 	im.mu.Lock()
 	im.settle(r, err)
 	if err == nil && len(r.freed) > 0 {
-		im.limbo.ready = append(im.limbo.ready, &freedBatch{r.freed, grace})
+		im.limbo.ready = append(im.limbo.ready, r.freed)
 	}
 	im.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	im.completed = this
-	if grace != nil {
+	if len(r.freed) > 0 {
 		im.wakeReaper()
 	}
 	return nil

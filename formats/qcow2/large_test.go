@@ -60,7 +60,9 @@ func TestTrimOfATerabyteLetsOthersThrough(t *testing.T) {
 	writeFile(t, base, newImage(t, CreateOptions{Size: 1 << 40}).data)
 	top := filepath.Join(dir, "top")
 	writeFile(t, top, newImage(t, CreateOptions{Size: 1 << 40, BackingFile: base, BackingFormat: "qcow2"}).data)
-	d := openDisk(t, testGraph(t), imageNode(top))
+	cfg := imageNode(top)
+	cfg.Cache.NoFlush = true
+	d := openDisk(t, testGraph(t), cfg)
 	start := time.Now()
 	done := make(chan error)
 	go func() {

@@ -6,15 +6,13 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/nbdserve/nbdserve/block"
 )
 
 const (
 	// limboDelay is how long freed clusters wait for a flush of a client before the image flushes by itself.
 	limboDelay = time.Second
 	// limboFlush is how many freed bytes make it flush at once.
-	limboFlush = 64 << 20
+	limboFlush = 512 << 20
 	// maxLimbo bounds the extents in limbo, and so their memory. Beyond it discards keep their clusters.
 	maxLimbo = 1 << 20
 )
@@ -28,22 +26,19 @@ const (
 //   - a round that began after the reference was given up has made that durable, and
 //   - every request in flight then has ended.
 //
-// The first puts an extent from open into a batch, the second is the batch's
-// grace. The reaper waits for it. All fields are guarded by image.mu.
+// The first takes an extent from open to a batch of ready, for the second the
+// reaper waits. All fields are guarded by image.mu.
 type limbo struct {
 	open     []extent
-	ready    []*freedBatch
-	clusters int64 // references in limbo
+	waiting  int64      // references in open
+	ready    [][]extent // never empty batches
+	clusters int64      // references in open and ready
 	extents  int
-}
-
-type freedBatch struct {
-	extents []extent
-	grace   *block.Grace
 }
 
 func (l *limbo) add(e extent) {
 	l.clusters += e.n
+	l.waiting += e.n
 	if last := len(l.open) - 1; last >= 0 && l.open[last].end() == e.first {
 		l.open[last].n += e.n
 		return
@@ -54,19 +49,16 @@ func (l *limbo) add(e extent) {
 
 func (l *limbo) takeOpen() []extent {
 	open := l.open
-	l.open = nil
+	l.open, l.waiting = nil, 0
 	return open
 }
 
-func (l *limbo) putBack(list []extent) { l.open = append(list, l.open...) }
-
-// openClusters counts what waits for a round.
-func (l *limbo) openClusters() int64 {
-	var n int64
-	for _, e := range l.open {
-		n += e.n
+// putBack undoes takeOpen.
+func (l *limbo) putBack(list []extent) {
+	for _, e := range list {
+		l.waiting += e.n
 	}
-	return n
+	l.open = append(list, l.open...)
 }
 
 // free gives up a reference to each cluster of e. im.mu is held.
@@ -93,7 +85,7 @@ func (im *image) dropNow(e extent) {
 func (im *image) mayFree() bool { return im.limbo.extents < maxLimbo }
 
 // nextBatch returns the oldest batch, nil if there is none. [image.reclaim] takes it off the list.
-func (im *image) nextBatch() *freedBatch {
+func (im *image) nextBatch() []extent {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	if len(im.limbo.ready) == 0 {
@@ -105,17 +97,17 @@ func (im *image) nextBatch() *freedBatch {
 // reclaim lowers the refcounts of the oldest batch, whose grace has passed.
 // Clusters that are free then are discarded first, in runs as long as they come,
 // and cannot be allocated before the discard is done. If it fails the rest leaks.
-func (im *image) reclaim(ctx context.Context, b *freedBatch) error {
+func (im *image) reclaim(ctx context.Context, batch []extent) error {
 	defer func() {
 		im.mu.Lock()
 		defer im.mu.Unlock()
 		im.limbo.ready = im.limbo.ready[1:]
-		for _, e := range b.extents {
+		for _, e := range batch {
 			im.limbo.clusters -= e.n
 		}
-		im.limbo.extents -= len(b.extents)
+		im.limbo.extents -= len(batch)
 	}()
-	todo := slices.Clone(b.extents)
+	todo := slices.Clone(batch)
 	slices.SortFunc(todo, func(a, b extent) int { return cmp.Compare(a.first, b.first) })
 	var hole extent // of clusters with one reference
 	for _, e := range todo {
@@ -296,10 +288,7 @@ func (im *image) reap(ctx context.Context) {
 		}
 		im.reaper.work(func() { armed = im.tidy(now, armed, due) })
 		for b := im.nextBatch(); b != nil; b = im.nextBatch() {
-			if im.broken&ruleLimbo == 0 && b.grace.Wait(ctx) != nil {
-				return
-			}
-			if ctx.Err() != nil {
+			if im.broken&ruleLimbo == 0 && im.node.Grace().Wait(ctx) != nil || ctx.Err() != nil {
 				return
 			}
 			im.reaper.work(func() {
@@ -314,7 +303,7 @@ func (im *image) reap(ctx context.Context) {
 // tidy writes metadata where it is time to, else arms the timer. It tells whether the timer is armed.
 func (im *image) tidy(now, armed bool, due *time.Timer) bool {
 	im.mu.Lock()
-	open := im.limbo.openClusters()
+	open := im.limbo.waiting
 	im.mu.Unlock()
 	if open > 0 && (now || open<<im.clusterBits >= limboFlush) || im.dirty.Load() >= im.maxDirty/2 {
 		if err := im.flushMetadata(context.Background()); err != nil {
