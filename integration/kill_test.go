@@ -48,13 +48,19 @@ type ledger struct {
 	mu      sync.Mutex
 	sectors [][]written // oldest first; what is before the last flushed write is dropped
 	seq     uint64
-	acked   atomic.Int64 // writes
 	flushes int
+
+	acked, until atomic.Int64  // writes so far, and how many are enough
+	due, enough  chan struct{} // hold a value when a flush is due, when there are enough
 }
+
+// flushInterval is how many writes are acknowledged between two flushes: enough that a
+// write that is made durable by FUA alone often meets the kill.
+const flushInterval = 50
 
 // newLedger is of a disk that holds zeroes, or stamps with number 0.
 func newLedger(size int64, zeroed bool) *ledger {
-	l := &ledger{sectors: make([][]written, size/sector)}
+	l := &ledger{sectors: make([][]written, size/sector), due: make(chan struct{}, 1), enough: make(chan struct{}, 1)}
 	for i := range l.sectors {
 		l.sectors[i] = []written{{stamp{zeroed: zeroed}, true}}
 	}
@@ -87,7 +93,16 @@ func (l *ledger) answer(off, n int64, st stamp, durable bool) {
 			}
 		}
 	}
-	l.acked.Add(1)
+	count := l.acked.Add(1)
+	if count%flushInterval == 0 {
+		select {
+		case l.due <- struct{}{}:
+		default:
+		}
+	}
+	if count == l.until.Load() {
+		l.enough <- struct{}{}
+	}
 }
 
 // mark returns for each sector the last acknowledged write: a FLUSH that is sent later makes it durable.
@@ -152,8 +167,9 @@ func (l *ledger) settle(t testing.TB, c *nbdConn) {
 	}
 }
 
-// write changes the disk until the connection breaks. The sectors [from, to) are its own.
-func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand) error {
+// write changes the disk until the connection breaks. The sectors [from, to) are its
+// own. With fua some writes have that flag.
+func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand, fua bool) error {
 	type sent struct {
 		off, n int64
 		st     stamp
@@ -172,7 +188,7 @@ func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand) error {
 			}
 			first := from + k*slice + r.Int64N(slice-n+1)
 			off, length := first*sector, n*sector
-			s := sent{off: off, n: length, fua: r.IntN(16) == 0, st: l.issue(off, length, r.IntN(8) == 0)}
+			s := sent{off: off, n: length, fua: fua && r.IntN(32) == 0, st: l.issue(off, length, r.IntN(8) == 0)}
 			cmd, flags, payload := uint16(cmdWrite), uint16(0), buf[:length]
 			if s.st.zeroed {
 				cmd, payload, flags = cmdZeroes, nil, uint16(r.IntN(2))*flagNoHole
@@ -207,13 +223,12 @@ func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand) error {
 }
 
 // load writes by several connections and flushes by one more until the server is
-// gone. After enough acknowledged writes it calls end, once.
+// gone. After enough acknowledged writes, which may be at any point of a flush, it
+// calls end.
 func (l *ledger) load(t testing.TB, s *server, seed uint64, enough int64, end func()) {
 	t.Helper()
 	const writers = 3
-	var running sync.WaitGroup
-	share := int64(len(l.sectors)) / writers
-	until := l.acked.Load() + enough
+	l.until.Store(l.acked.Load() + enough)
 	conns := make([]*nbdConn, writers+1)
 	for i := range conns {
 		conns[i] = connect(t, s)
@@ -225,28 +240,40 @@ func (l *ledger) load(t testing.TB, s *server, seed uint64, enough int64, end fu
 			t.Error(err)
 		}
 	}
+	var writing sync.WaitGroup
+	share := int64(len(l.sectors)) / writers
 	for i := range int64(writers) {
-		running.Go(func() {
-			demand(l.write(conns[i], i*share, (i+1)*share, rand.New(rand.NewPCG(seed, uint64(i)))))
+		writing.Go(func() {
+			// Only every other time, as FUA writes may make flushes work that do not.
+			demand(l.write(conns[i], i*share, (i+1)*share, rand.New(rand.NewPCG(seed, uint64(i))), seed%2 == 1))
 		})
 	}
-	done := false
-	for {
-		marks := l.mark()
-		if err := conns[writers].flush(); err != nil {
-			demand(err)
-			break
+	gone, flushing := make(chan struct{}), make(chan struct{})
+	go func() { writing.Wait(); close(gone) }()
+	go func() {
+		defer close(flushing)
+		for {
+			select {
+			case <-gone:
+				return
+			case <-l.due:
+			}
+			marks := l.mark()
+			if err := conns[writers].flush(); err != nil {
+				demand(err)
+				return
+			}
+			l.flushed(marks)
 		}
-		l.flushed(marks)
-		if !done && l.acked.Load() >= until {
-			done = true
-			end()
-		}
-	}
-	if !done {
+	}()
+	select {
+	case <-l.enough:
+		end()
+	case <-gone:
 		t.Errorf("the server was gone after %d writes\n%s", l.acked.Load(), s.stderr)
 	}
-	running.Wait()
+	<-gone
+	<-flushing
 	for _, c := range conns {
 		c.Close()
 	}
