@@ -147,7 +147,6 @@ func tagged(request uint64, off, n int64) []byte {
 type crashCase struct {
 	name       string
 	opts       string // of qemu-img create
-	cluster    int64
 	size       int64 // of the disk
 	backing    int64 // size of a raw backing file, 0: none
 	compressed bool  // a third of the disk is there already, compressed
