@@ -162,15 +162,14 @@ func (im *image) Close(ctx context.Context) error {
 
 // finish brings the file to rest. Nothing is in flight.
 func (im *image) finish(ctx context.Context) error {
-	if err := im.flushMetadata(ctx); err != nil {
+	err := im.flushMetadata(ctx)
+	if err != nil {
 		return err
 	}
 	for b := im.nextBatch(); b != nil; b = im.nextBatch() {
-		if err := im.reclaim(ctx, b); err != nil {
-			return err
-		}
+		err = errors.Join(err, im.reclaim(ctx, b))
 	}
-	return im.flushMetadata(ctx)
+	return errors.Join(err, im.flushMetadata(ctx))
 }
 
 // releaseMemory gives the tables' memory back.

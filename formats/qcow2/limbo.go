@@ -165,8 +165,9 @@ func (im *image) punch(ctx context.Context, e extent) error {
 	off := e.first << im.clusterBits
 	n := min(e.n<<im.clusterBits, im.file.Size()-off)
 	if n > 0 {
+		// A hint: what could not be given back is free nevertheless.
 		if err := im.file.Discard(ctx, off, n); err != nil {
-			return err
+			im.log.Warn("qcow2: space could not be given back", "node", im.node.Name(), "error", err)
 		}
 	}
 	for e.n > 0 {
