@@ -409,12 +409,12 @@ func TestSlowPayloadIsCut(t *testing.T) {
 }
 
 func TestPayloadInStepsIsNotCut(t *testing.T) {
-	r := newRig(t, setup{size: 4 << 20, options: Options{PayloadTimeout: 100 * time.Millisecond}})
+	r := newRig(t, setup{size: 4 << 20, options: Options{PayloadTimeout: 400 * time.Millisecond}})
 	c := r.connect().attach(true)
 	payload := pattern(5, 2<<20)
 	c.send(requestBytes(cmdWrite, 0, 1, 0, 2<<20))
 	for rest := payload; len(rest) > 0; rest = rest[256<<10:] {
-		<-time.After(30 * time.Millisecond)
+		<-time.After(100 * time.Millisecond)
 		c.send(rest[:256<<10])
 	}
 	wantErrno(t, "WRITE", c.result(dataOf(0)), 0)
