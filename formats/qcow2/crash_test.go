@@ -147,11 +147,11 @@ func tagged(request uint64, off, n int64) []byte {
 type crashCase struct {
 	name       string
 	opts       string // of qemu-img create
-	size       int64 // of the disk
-	backing    int64 // size of a raw backing file, 0: none
-	compressed bool  // a third of the disk is there already, compressed
-	snapshot   bool  // everything that is there belongs to a snapshot as well
-	from       int64 // the work is from here on
+	size       int64  // of the disk
+	backing    int64  // size of a raw backing file, 0: none
+	compressed bool   // a third of the disk is there already, compressed
+	snapshot   bool   // everything that is there belongs to a snapshot as well
+	from       int64  // the work is from here on
 	prepare    []string
 	workers    int
 	ops        int
