@@ -41,6 +41,7 @@ func xfs(t testing.TB) string {
 
 // The figures are the largest that the process ever had, so load of others does not matter.
 func TestMemoryWithRandomReadsOverATebibyte(t *testing.T) {
+	t.Parallel()
 	s := startBinary(t, plainBinary, "--format", "qcow2", hugeImage(t))
 	c := connect(t, s)
 	r := rand.New(rand.NewPCG(1, 2))
@@ -72,6 +73,7 @@ func TestMemoryWithRandomReadsOverATebibyte(t *testing.T) {
 }
 
 func TestMemoryWithLargeSequentialIO(t *testing.T) {
+	t.Parallel()
 	for _, format := range []string{"raw", "qcow2"} {
 		dir := tempDir(t)
 		disk := filepath.Join(dir, "disk")
