@@ -129,11 +129,10 @@ func (w *worker) run() {
 			w.since = c.s.now()
 			c.staff.idle = append(c.staff.idle, w)
 			c.mu.Unlock()
-			work := <-w.call
-			c.mu.Lock()
-			if !work {
-				break
+			if !<-w.call {
+				return // whoever dismissed it has struck it off
 			}
+			c.mu.Lock()
 			c.staff.coming = false
 			continue
 		}
@@ -154,9 +153,15 @@ func (w *worker) run() {
 		c.mu.Lock()
 		c.done(1)
 	}
-	c.staff.count--
-	c.staff.places &^= 1 << w.n
+	c.staff.strike(w)
 	c.mu.Unlock()
+}
+
+// strike takes w off the staff: it will not look at the queue any more, so it must
+// not be counted on. conn.mu is held.
+func (st *staff) strike(w *worker) {
+	st.count--
+	st.places &^= 1 << w.n
 }
 
 // done notes that n requests have ended. conn.mu is held.
@@ -176,26 +181,26 @@ func (c *conn) hush() {
 }
 
 // dismissAll ends the workers. Nothing is queued any more.
-func (c *conn) dismissAll() {
-	c.mu.Lock()
-	idle := c.staff.idle
-	c.staff.idle = nil
-	c.mu.Unlock()
-	for _, w := range idle {
-		w.call <- false
-	}
-}
+func (c *conn) dismissAll() { c.dismiss(func(*worker) bool { return true }) }
 
 // dismissIdle ends the workers that had nothing to do for long.
 func (c *conn) dismissIdle(now time.Duration) {
+	c.dismiss(func(w *worker) bool { return now-w.since > workerIdle })
+}
+
+// dismiss ends the idle workers up to the first, in the order in which they became
+// idle, that is not to go.
+func (c *conn) dismiss(goes func(*worker) bool) {
 	c.mu.Lock()
-	var old []*worker
-	for len(c.staff.idle) > 0 && now-c.staff.idle[0].since > workerIdle {
-		old = append(old, c.staff.idle[0])
+	var gone []*worker
+	for len(c.staff.idle) > 0 && goes(c.staff.idle[0]) {
+		w := c.staff.idle[0]
+		gone = append(gone, w)
 		c.staff.idle = append(c.staff.idle[:0], c.staff.idle[1:]...)
+		c.staff.strike(w)
 	}
 	c.mu.Unlock()
-	for _, w := range old {
+	for _, w := range gone {
 		w.call <- false
 	}
 }
