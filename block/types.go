@@ -96,7 +96,8 @@ type Discarder interface {
 type StatusFlags uint8
 
 const (
-	// StatusData: reading goes to storage. Without it and without StatusZero the contents are unknown.
+	// StatusData: space is taken up, so that writing does not run out of it. Without
+	// it and without StatusZero the contents are unknown.
 	StatusData StatusFlags = 1 << iota
 	// StatusZero: the extent reads as zero.
 	StatusZero

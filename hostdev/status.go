@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"github.com/nbdserve/nbdserve/block"
 	"golang.org/x/sys/unix"
@@ -60,8 +61,8 @@ func (c *statusCache) store(gen uint64, off, end int64) {
 	c.next = (c.next + 1) % len(c.extents)
 }
 
-// BlockStatus implements [block.StatusReporter]. Holes, preallocated ranges
-// included where the file system says so, read as zero; devices are data.
+// BlockStatus implements [block.StatusReporter]. Holes read as zero, preallocated
+// ranges are zeroes that take up space, where the file system says so; devices are data.
 func (n *node) BlockStatus(_ context.Context, off, length int64, precise bool) (block.Extent, error) {
 	size := n.size.Load()
 	if off >= size {
@@ -77,10 +78,13 @@ func (n *node) BlockStatus(_ context.Context, off, length int64, precise bool) (
 		if err != nil {
 			return block.Extent{}, fmt.Errorf("block status of '%s': %w", n.filename, err)
 		}
-		if hole {
-			x.Flags ^= block.StatusData | block.StatusZero
-		}
 		x.Length = min(length, end-off)
+		if hole {
+			x.Flags |= block.StatusZero
+			if x.Length, hole = n.unallocated(off, x.Length); hole {
+				x.Flags &^= block.StatusData
+			}
+		}
 	}
 	return x, nil
 }
@@ -126,6 +130,58 @@ func (n *node) noMoreData(off int64) (end int64, hole bool, err error) {
 		return 0, false, err
 	}
 	return unbounded, off < st.Size, nil
+}
+
+// fiemap is the argument of FS_IOC_FIEMAP (linux/fiemap.h).
+type fiemap struct {
+	start, length                 uint64
+	flags, mapped, count, padding uint32
+	extents                       [16]fiemapExtent
+}
+
+type fiemapExtent struct {
+	logical, physical, length uint64
+	_                         [2]uint64
+	flags                     uint32
+	_                         [3]uint32
+}
+
+const fsIocFiemap = 0xc020660b
+
+// unallocated tells whether no space is allocated at off, where lseek sees a hole
+// of length bytes, and for how many of them the answer holds.
+func (n *node) unallocated(off, length int64) (int64, bool) {
+	if n.lacks.fiemap.Load() {
+		return length, true
+	}
+	slot := n.work.begin(opSeek)
+	defer n.work.end(slot)
+	m := fiemap{start: uint64(off), length: uint64(length)}
+	m.count = uint32(len(m.extents))
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(n.fd), fsIocFiemap, uintptr(unsafe.Pointer(&m)))
+	if errno != 0 {
+		if unsupported(errno) || errno == unix.ENOTTY {
+			n.lacks.fiemap.Store(true)
+		}
+		return length, true
+	}
+	if m.mapped == 0 {
+		return length, true
+	}
+	if first := int64(m.extents[0].logical); first > off {
+		return min(length, first-off), true
+	}
+	end := off
+	for _, x := range m.extents[:min(m.mapped, m.count)] {
+		if int64(x.logical) > end {
+			break
+		}
+		end = int64(x.logical + x.length)
+	}
+	if end <= off {
+		return length, true
+	}
+	return min(length, end-off), false
 }
 
 func (n *node) seek(off int64, whence int) (int64, error) {

@@ -11,7 +11,7 @@ import (
 
 // lacks holds what was found out to be unsupported, so that it is not tried again.
 type lacks struct {
-	punch, zeroRange, allocate, zeroOut, discard atomic.Bool
+	punch, zeroRange, allocate, zeroOut, discard, fiemap atomic.Bool
 }
 
 // zeroPiece bounds one step of punching and allocating, in bytes: tmpfs does these

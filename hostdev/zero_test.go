@@ -210,3 +210,34 @@ func TestStatusCacheDropsWhatIsFoundMeanwhile(t *testing.T) {
 		t.Error("an extent survived")
 	}
 }
+
+// Item 119: what was zeroed without MayUnmap is provisioned and told so, where the
+// file system can tell; what was never written or was unmapped is a hole.
+func TestStatusTellsProvisionedZeroesFromHoles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	newFile(t, path, filled(1, 1<<20), 4<<20)
+	n, r := opened(t, config(path))
+	do(t, r, func(ctx context.Context) error { return r.WriteZeroes(ctx, 2<<20, 256<<10, 0) })
+	do(t, r, func(ctx context.Context) error { return r.WriteZeroes(ctx, 512<<10, 256<<10, block.MayUnmap) })
+	const data, zero = block.StatusData, block.StatusZero
+	for _, want := range []struct {
+		off, length int64
+		flags       block.StatusFlags
+	}{
+		{0, 512 << 10, data},
+		{512 << 10, 256 << 10, zero},
+		{768 << 10, 256 << 10, data},
+		{1 << 20, 1 << 20, zero},
+		{2 << 20, 256 << 10, data | zero},
+		{2<<20 + 64<<10, 192 << 10, data | zero},
+		{2<<20 + 256<<10, 2<<20 - 256<<10, zero},
+	} {
+		x, err := n.BlockStatus(ctx, want.off, 4<<20-want.off, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x.Flags&(data|zero) != want.flags || x.Length != want.length {
+			t.Errorf("status at %d is %+v, want flags %d for %d bytes", want.off, x, want.flags, want.length)
+		}
+	}
+}

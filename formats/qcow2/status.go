@@ -24,7 +24,7 @@ func (im *image) BlockStatus(ctx context.Context, off, n int64, _ bool) (block.E
 		if m.kind == ClusterData {
 			// Past the end of the file there are zeroes.
 			if there := im.file.Size() - m.host; there <= 0 {
-				m.kind = ClusterZeroAlloc
+				m.kind = ClusterZero
 			} else {
 				m.length = min(m.length, there)
 			}
@@ -71,6 +71,8 @@ func (im *image) statusFlags(kind ClusterKind) block.StatusFlags {
 			return block.StatusZero
 		}
 		return 0
+	case ClusterZeroAlloc:
+		return block.StatusData | block.StatusZero | block.StatusAllocated
 	}
 	return block.StatusZero | block.StatusAllocated
 }
