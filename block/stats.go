@@ -8,7 +8,8 @@ type nodeCell struct {
 }
 
 // NodeStats are the requests that a node was asked for since it was opened,
-// located reads included.
+// located reads included. A read that was located, but then had to wait for the
+// device, is asked for twice.
 type NodeStats struct {
 	Reads, ReadBytes, Writes, WriteBytes, Zeroes, Discards, Flushes, Statuses int64
 }
