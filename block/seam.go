@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 )
 
@@ -176,19 +177,25 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 	return n.modify(ctx, p[whole:], off+whole, off+whole, tail, flags)
 }
 
-// growTo makes the node reach to end before a write there, where the driver could
-// not tell growth from the padding of its last block.
+// growTo makes a node whose requests are aligned reach to end before a write there.
+// Only this makes such a node longer, one at a time: the driver could not tell
+// growth from the padding of its last block, and a truncation beside a write that
+// grows the node would cut off what that has written.
 func (n *Node) growTo(ctx context.Context, end int64) error {
-	a := n.limits.RequestAlignment
-	if size := n.inst.Size(); end <= size || (end|size)&(a-1) == 0 || n.truncater == nil {
+	if n.truncater == nil || end <= n.inst.Size() {
 		return nil
 	}
 	n.gmu.Lock()
 	defer n.gmu.Unlock()
-	if end <= n.inst.Size() {
+	size := n.inst.Size()
+	if end <= size {
 		return nil
 	}
-	return n.truncater.Truncate(ctx, end)
+	err := n.truncater.Truncate(ctx, end)
+	if errors.Is(err, ErrNotSupported) {
+		return fmt.Errorf("the end is at byte %d, which cannot be changed: %w", size, ErrNoSpace)
+	}
+	return err
 }
 
 // modify puts p into the blocks [head, tail).
@@ -264,7 +271,10 @@ func (n *Node) zero(ctx context.Context, off, length int64, flags ReqFlags) erro
 		return n.writeZeroBytes(ctx, off, length, flags)
 	}
 	w := n.beginWrite(first, last-first, false)
-	err := n.zeroAligned(ctx, first, last-first, flags)
+	err := n.growTo(ctx, last)
+	if err == nil {
+		err = n.zeroAligned(ctx, first, last-first, flags)
+	}
 	n.endWrite(w)
 	if err != nil {
 		return err
