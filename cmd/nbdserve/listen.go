@@ -86,16 +86,43 @@ func listen(a address) (*listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot listen on unix:%s: %w", a.target, err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: a.target, Net: "unix"})
+	l, err := listenUnix(a.target)
 	if err != nil {
 		return nil, fmt.Errorf("cannot listen on unix:%s: %w", a.target, reason(err))
 	}
-	l.SetUnlinkOnClose(false) // unlink looks first whether it is still ours
 	made, err := os.Lstat(path)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("the socket just made is gone: %w", err), l.Close())
 	}
 	return &listener{Listener: l, path: path, made: made}, nil
+}
+
+// listenUnix makes a socket that accepts from the moment on at which it appears at
+// path, where nothing may be: bind makes the file before listen lets anybody
+// connect, so that happens under another name, if there is room for one.
+func listenUnix(path string) (*net.UnixListener, error) {
+	hidden := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
+	if len(hidden) > maxSocketPath {
+		hidden = path
+	} else if err := os.Remove(hidden); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a process that had our id
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: hidden, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false) // unlink looks first whether it is still ours
+	if hidden == path {
+		return l, nil
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, hidden, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) { // not on this file system
+		err = os.Rename(hidden, path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close(), os.Remove(hidden))
+	}
+	return l, nil
 }
 
 // reason takes the address, which the caller names itself, out of a net error.

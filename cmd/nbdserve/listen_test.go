@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -75,6 +77,44 @@ func TestSocketThatNobodyListensOnIsReplaced(t *testing.T) {
 		t.Fatalf("Close removed the socket, so there is nothing stale to test with: %v", err)
 	}
 	mustListen(t, path)
+}
+
+// Clients wait for the socket to appear, and connect at once.
+func TestSocketAcceptsWhenItAppears(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	for range 200 {
+		connected := make(chan error)
+		go func() {
+			for {
+				c, err := net.Dial("unix", path)
+				if errors.Is(err, fs.ErrNotExist) {
+					continue
+				}
+				if err == nil {
+					err = c.Close()
+				}
+				connected <- err
+				return
+			}
+		}()
+		l := mustListen(t, path)
+		if err := <-connected; err != nil {
+			t.Fatalf("the socket is there, but %v", err)
+		}
+		if err := errors.Join(l.Close(), l.unlink()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left in the folder: %v %v", left, err)
+	}
+	long := filepath.Join(dir, strings.Repeat("l", maxSocketPath-len(dir)-1)) // no room for another name
+	if c, err := net.Dial("unix", mustListen(t, long).path); err != nil {
+		t.Error(err)
+	} else if err := c.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestOnlyOurOwnSocketIsRemoved(t *testing.T) {

@@ -488,13 +488,17 @@ func fileOf(t *testing.T, l interface{ File() (*os.File, error) }) *os.File {
 
 func TestSocketActivation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
-	u := mustListen(t, path)
+	u, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tcp.Close()
-	p := activate(t, "$$", []*os.File{fileOf(t, u.Listener.(*net.UnixListener)), fileOf(t, tcp.(*net.TCPListener))})
+	p := activate(t, "$$", []*os.File{fileOf(t, u.(*net.UnixListener)), fileOf(t, tcp.(*net.TCPListener))})
 	if uri := p.line(); uri != "nbd+unix:///?socket="+path {
 		t.Errorf("first URI: %s", uri)
 	}
