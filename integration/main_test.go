@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -71,7 +72,10 @@ func supervise() (code int, err error) {
 		return 1, err
 	}
 	runtime.LockOSThread() // Pdeathsig watches the thread that started the child
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	// Without its log the go command does not cache the result: it cannot see that it
+	// depends on the command's source.
+	args := slices.DeleteFunc(slices.Clone(os.Args[1:]), func(arg string) bool { return strings.HasPrefix(arg, "-test.testlogfile=") })
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), sandboxVariable+"="+dir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

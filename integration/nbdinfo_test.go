@@ -127,17 +127,19 @@ type total struct {
 	Type int   `json:"type"`
 }
 
-// qemuMap is the allocation of an image as qemu-img sees it, in NBD's terms.
+// qemuMap is the allocation of an image as qemu-img sees it, in NBD's terms. A hole is
+// what takes up no space: qemu-img shows zero clusters of qcow2 that do with their offset.
 func qemuMap(t testing.TB, format, path string) []extent {
 	t.Helper()
 	entries := decode[[]struct {
 		Start, Length int64
 		Zero, Data    bool
+		Offset        *int64
 	}](t, run(t, "qemu-img", "map", "--output=json", "-f", format, path))
 	var m []extent
 	for _, e := range entries {
 		typ := 0
-		if !e.Data {
+		if !e.Data && (format == "raw" || e.Offset == nil) {
 			typ |= 1
 		}
 		if e.Zero {
