@@ -64,6 +64,14 @@ func (p *pool) give(n int64) {
 	p.mu.Unlock()
 }
 
+// leave says that b does not wait any more: it has got by without.
+func (p *pool) leave(b *budget) {
+	p.mu.Lock()
+	p.unqueue(b)
+	p.wakeFirst()
+	p.mu.Unlock()
+}
+
 // settle says that b does not wait any more and is favoured no longer.
 func (p *pool) settle(b *budget) {
 	p.mu.Lock()
@@ -126,6 +134,8 @@ func (b *budget) tryBytes(n int64) bool {
 		if !b.pool.take(b, lend) {
 			return false
 		}
+	} else if b.asked {
+		b.pool.leave(b)
 	}
 	b.bytes += n
 	return true

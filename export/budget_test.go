@@ -154,3 +154,27 @@ func TestBatchKeepsTheOrder(t *testing.T) {
 		}
 	})
 }
+
+// TestWhoNeedsNoPoolAnyMoreDoesNotBlockIt: the first in the queue got its bytes from its own reserve.
+func TestWhoNeedsNoPoolAnyMoreDoesNotBlockIt(t *testing.T) {
+	p, b := newBudgets(10<<20, 4)
+	first, second, holder, overdrawer := b[0], b[1], b[2], b[3]
+	if !holder.tryBytes(reserveBytes+10<<20) || !overdrawer.tryBytes(reserveBytes+1<<20) {
+		t.Fatal("the pool is not as it should be")
+	}
+	if !first.tryBytes(reserveBytes) || first.tryBytes(1<<20) || second.tryBytes(2<<20) {
+		t.Fatal("a pool that is overdrawn lends")
+	}
+	first.give(0, reserveBytes) // an answer has been sent
+	if !first.tryBytes(1 << 20) {
+		t.Fatal("the reserve is refused")
+	}
+	holder.give(0, reserveBytes+10<<20)
+	if !second.tryBytes(2 << 20) {
+		t.Error("one that does not wait any more is still the first in the queue")
+	}
+	overdrawer.settled()
+	if p.favour != nil || len(p.queue) != 0 {
+		t.Errorf("queue %v, favour %v", p.queue, p.favour)
+	}
+}

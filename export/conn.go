@@ -215,6 +215,8 @@ func (c *conn) interrupted(err error) error {
 // finish waits for the requests of a client that has left, answers them and gives
 // back what the connection has.
 func (c *conn) finish() {
+	// First, as requests may take long: what the reader holds, and its turn in the pool, are for others.
+	c.dropReception()
 	c.mu.Lock()
 	c.ending = true
 	busy := c.busy
@@ -229,7 +231,6 @@ func (c *conn) finish() {
 	c.dismissAll()
 	c.workers.Wait()
 	c.out.flush()
-	c.dropReception()
 	c.lane.Close()
 	c.export.stat.Remove(c.stat)
 	if c.export.clients.Add(-1) == 0 {

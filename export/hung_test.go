@@ -1,0 +1,57 @@
+package export
+
+import (
+	"testing"
+
+	"github.com/nbdserve/nbdserve/block/blocktest"
+)
+
+// TestClientThatLeftGivesUpItsTurnInThePool: the disk still works on a request of a
+// client that was the next to get memory when it left. Others must not wait for that.
+func TestClientThatLeftGivesUpItsTurnInThePool(t *testing.T) {
+	r := newRig(t, setup{size: 40 << 20, options: Options{Memory: 34 << 20}})
+	half := func() *client {
+		c := r.connect().attach(false)
+		go c.nc.Write(requestBytes(cmdWrite, 0, 1, 0, 32<<20, make([]byte, 20<<20)...))
+		return c
+	}
+	queued := func(n int) func() bool {
+		return func() bool {
+			r.s.pool.mu.Lock()
+			defer r.s.pool.mu.Unlock()
+			return len(r.s.pool.queue) >= n
+		}
+	}
+	hogs := []*client{half(), half()} // 38 of 34 MiB: one is favoured
+	waitFor(t, "overdrawn pool", func() bool {
+		r.s.pool.mu.Lock()
+		defer r.s.pool.mu.Unlock()
+		return r.s.pool.free < 0 && r.s.pool.favour != nil
+	})
+	r.gate.Hold(blocktest.OpRead)
+	leaver := r.connect().attach(true)
+	leaver.send(requestBytes(cmdRead, 0, 1, 0, 512), requestBytes(cmdRead, 0, 2, 0, 512))
+	must(t, r.gate.WaitHeld(soon(t), 2))
+	go leaver.nc.Write(requestBytes(cmdWrite, 0, 3, 0, 32<<20, make([]byte, 4<<20)...))
+	waitFor(t, "leaver in the queue", queued(1))
+	good := r.connect().attach(false)
+	answered := make(chan uint32, 1)
+	go func() { answered <- good.do(cmdWrite, 0, 0, 3<<20, make([]byte, 3<<20)...).errno }()
+	waitFor(t, "next in the queue", queued(2))
+
+	leaver.nc.Close()
+	r.gate.Release(1) // its answer finds nobody; the other one stays with the disk
+	waitFor(t, "end of the leaver's reader", func() bool { return r.s.Stats().Clients == 3 })
+	for _, h := range hogs {
+		h.nc.Close()
+	}
+	r.waitServed(len(hogs))
+	select {
+	case errno := <-answered:
+		if errno != 0 {
+			t.Errorf("WRITE: error %d", errno)
+		}
+	case <-soon(t).Done():
+		t.Error("the client behind it in the queue gets no memory")
+	}
+}
