@@ -30,9 +30,10 @@ func (w *worker) execute() {
 	}
 	w.reply.requests++
 	w.reply.bytes += r.charge
-	c.lane.End(r.adm)
+	// Counted first, so that the figures show nothing in flight once a drain has begun.
 	c.stat.Untrack(w.n)
 	c.stat.Finish(r.op(), err == nil, moved, c.s.now()-r.arrived)
+	c.lane.End(r.adm)
 	c.out.put(&w.reply)
 }
 

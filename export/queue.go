@@ -280,8 +280,8 @@ func (c *conn) expire() {
 	c.waiting.Store(false)
 	c.mu.Unlock()
 	for i := range queued {
-		c.lane.End(queued[i].adm)
 		c.stat.Finish(queued[i].op(), false, 0, c.s.now()-queued[i].arrived)
+		c.lane.End(queued[i].adm)
 	}
 	c.discardAll(append(parked, queued...), true)
 	c.budget.poke()
