@@ -91,14 +91,15 @@ func (c *l2Cache) sameSet(a, b uint32) bool { return a&(c.sets-1) == b&(c.sets-1
 // marked as loading, or -1 if none can be evicted.
 func (c *l2Cache) reserve(slice uint32) int {
 	set := slice & (c.sets - 1)
-	for range 2 * ways {
+	for try := range 2 * ways {
 		slot := int(set)*ways + int(c.hand[set])
 		c.hand[set] = (c.hand[set] + 1) % ways
 		if c.state[slot] != 0 {
 			continue
 		}
 		tag := c.tags[slot].Load()
-		if tag>>32 != 0 && c.used[slot].Swap(false) {
+		// One second chance each: readers may mark slots faster than this looks at them.
+		if tag>>32 != 0 && c.used[slot].Swap(false) && try < ways {
 			continue
 		}
 		c.tags[slot].Store(uint64(uint32(tag) + 1))
