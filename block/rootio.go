@@ -8,7 +8,7 @@ import "context"
 // inside tells how much of a request of length bytes at off concerns the node and
 // not the padding, or [ErrRange].
 func (r *Root) inside(off, length int64) (int64, error) {
-	if off < 0 || length < 0 || off > maxOffset || length > maxOffset || off+length > r.Size() {
+	if !sane(off, length) || off+length > r.Size() {
 		return 0, r.edge.child.fail("request", off, length, ErrRange)
 	}
 	return min(length, max(0, r.edge.Size()-off)), nil
@@ -29,7 +29,7 @@ func (r *Root) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // WriteAt is [Edge.WriteAt]. A root that holds [PermResize] may write past the end.
 func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
-	if r.perm&PermResize == 0 && off >= 0 && off+int64(len(p)) <= r.Size() {
+	if r.perm&PermResize == 0 && sane(off, int64(len(p))) && off+int64(len(p)) <= r.Size() {
 		n, err := r.inside(off, int64(len(p)))
 		if err != nil {
 			return err
@@ -47,7 +47,7 @@ func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 
 // WriteZeroes is [Edge.WriteZeroes].
 func (r *Root) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlags) error {
-	if r.perm&PermResize == 0 && off >= 0 && length >= 0 && off <= maxOffset && off+length <= r.Size() {
+	if r.perm&PermResize == 0 && sane(off, length) && off+length <= r.Size() {
 		n, err := r.inside(off, length)
 		if err != nil {
 			return err

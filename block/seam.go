@@ -7,8 +7,13 @@ import (
 	"math"
 )
 
-// maxOffset bounds what a node can hold, so that sums of an offset and a length never overflow.
+// maxOffset bounds where a request may end, so that it can be aligned without overflow.
 const maxOffset = math.MaxInt64 &^ (1<<30 - 1)
+
+// sane tells whether off and length can be added up.
+func sane(off, length int64) bool {
+	return off >= 0 && length >= 0 && off <= maxOffset && length <= maxOffset-off
+}
 
 // fail says where err happened, unless a node below has said so.
 func (n *Node) fail(op string, off, length int64, err error) error {
@@ -28,10 +33,7 @@ func (n *Node) located(op string, off, length int64, err error) error {
 
 // readable checks a range that must lie inside the node.
 func (n *Node) readable(off, length int64) error {
-	if off < 0 || length < 0 || off > maxOffset || length > maxOffset {
-		return ErrRange
-	}
-	if off+length > n.inst.Size() {
+	if !sane(off, length) || off+length > n.inst.Size() {
 		return ErrRange
 	}
 	return nil
@@ -50,7 +52,7 @@ func (e *Edge) writable(off, length int64, flags ReqFlags) error {
 		}
 		return ErrPermission
 	}
-	if off < 0 || length < 0 || off > maxOffset || length > maxOffset {
+	if !sane(off, length) {
 		return ErrRange
 	}
 	if perm&PermResize == 0 && off+length > e.child.inst.Size() {
@@ -304,7 +306,11 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 		err := n.zeroer.WriteZeroes(ctx, off+done, step, native)
 		// Once a part is zeroed it is too late to refuse.
 		if errors.Is(err, ErrNotSupported) && (flags&NoFallback == 0 || done > 0) {
-			return n.writeZeroBytes(ctx, off+done, length-done, flags)
+			if done == 0 {
+				return n.writeZeroBytes(ctx, off, length, flags)
+			}
+			step = length - done
+			err = n.writeZeroBytes(ctx, off+done, step, flags)
 		}
 		if err != nil {
 			return err
@@ -316,6 +322,9 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 
 // writeZeroBytes writes zeroes as data.
 func (n *Node) writeZeroBytes(ctx context.Context, off, length int64, flags ReqFlags) error {
+	if length == 0 {
+		return nil
+	}
 	for length > 0 {
 		step := min(length, int64(len(zeroes)))
 		if err := n.write(ctx, zeroes[:step], off, flags&n.limits.WriteFlags&FUA); err != nil {
