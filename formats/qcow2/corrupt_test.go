@@ -271,3 +271,34 @@ func TestBackingNamesAreRelativeToTheImage(t *testing.T) {
 		t.Error("a relative name without a directory is accepted")
 	}
 }
+
+// Metadata that overlaps is refused before anything is written: a refcount block
+// that is full and in every place of the table, for example, would keep the search
+// for a free cluster busy for hours.
+func TestOverlappingMetadataIsRefusedForWriting(t *testing.T) {
+	for name, change := range map[string]func(m *memTarget, h *Header){
+		"refcount block in two places": func(m *memTarget, h *Header) {
+			setWord(m, h.RefcountTableOffset+8, word(m, h.RefcountTableOffset))
+		},
+		"refcount block over the L1 table": func(m *memTarget, h *Header) {
+			setWord(m, h.RefcountTableOffset+8, uint64(h.L1Offset))
+		},
+		"L1 table over the refcount table": func(m *memTarget, h *Header) {
+			setWord(m, 40, uint64(h.RefcountTableOffset))
+		},
+	} {
+		s := damaged(t, 3, change)
+		before := s.Clone()
+		g := testGraph(t)
+		_, err := g.Open(context.Background(), storeNode(s, nil))
+		if !errors.Is(err, block.ErrCorrupt) || !strings.Contains(err.Error(), "overlaps") {
+			t.Errorf("%s: open: %v", name, err)
+		}
+		if firstDifference(s.Bytes(), before.Bytes()) >= 0 {
+			t.Errorf("%s: the image was changed", name)
+		}
+		cfg := storeNode(s, nil)
+		cfg.ReadOnly = true
+		openDisk(t, g, cfg)
+	}
+}

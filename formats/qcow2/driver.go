@@ -238,32 +238,44 @@ func readTable(ctx context.Context, r Reader, off, n int64, f func(i int64, entr
 	return nil
 }
 
-// guardMetadata notes where metadata lies.
+// guardMetadata notes where metadata lies. Parts that overlap are refused: writing
+// one would destroy the other, and a refcount block in many places would make the
+// search for a free cluster endless.
 func (im *image) guardMetadata(ctx context.Context) error {
 	h := im.header
-	table := func(off, n int64) {
-		if n > 0 {
-			im.fixed.add(off>>im.clusterBits, h.Clusters(n))
+	var err error
+	table := func(what string, off, n int64) {
+		first, n := off>>im.clusterBits, h.Clusters(n)
+		if err != nil || n == 0 || im.fixed.live >= maxGuarded {
+			return
+		}
+		if im.fixed.overlaps(first, n) >= 0 {
+			err = corrupt("%s at 0x%x overlaps other metadata; use 'qemu-img check -r all' on a copy", what, off)
+			return
+		}
+		im.fixed.add(first, n)
+	}
+	table("header", 0, im.clusterSize)
+	table("L1 table", h.L1Offset, int64(h.L1Size)*8)
+	table("refcount table", h.RefcountTableOffset, int64(h.RefcountTableClusters)<<im.clusterBits)
+	for _, entry := range im.refs.table {
+		if off := int64(entry & offsetMask); off != 0 {
+			table("refcount block", off, im.clusterSize)
 		}
 	}
-	table(0, im.clusterSize)
-	table(h.L1Offset, int64(h.L1Size)*8)
-	table(h.RefcountTableOffset, int64(h.RefcountTableClusters)<<im.clusterBits)
-	snapshots, length, err := readSnapshots(ctx, im.file, h)
-	if err != nil {
-		return err
+	snapshots, length, e := readSnapshots(ctx, im.file, h)
+	if e != nil {
+		return e
 	}
-	table(h.SnapshotsOffset, length)
+	table("snapshot table", h.SnapshotsOffset, length)
 	for i := range snapshots {
 		if err := snapshots[i].Validate(h, im.file.Size()); err != nil {
 			return err
 		}
-		table(int64(snapshots[i].L1Offset), int64(snapshots[i].L1Size)*8)
+		table("L1 table of a snapshot", int64(snapshots[i].L1Offset), int64(snapshots[i].L1Size)*8)
 	}
-	for _, entry := range im.refs.table {
-		if off := int64(entry & offsetMask); off != 0 {
-			im.fixed.add(off>>im.clusterBits, 1)
-		}
+	if err != nil {
+		return err
 	}
 	for i := range im.l1.w {
 		if off := L1Entry(im.l1.w[i].Load()).Offset(); off != 0 {
