@@ -331,10 +331,10 @@ func TestKillKeepsWhatWasFlushed(t *testing.T) {
 	t.Parallel()
 	for name, disk := range crashDisks(t) {
 		t.Run(name, func(t *testing.T) {
-			for round := range rounds(4, 40) {
+			for round := range rounds(3, 40) {
 				s := start(t, "--format", "qcow2", disk.path)
 				disk.ledger.settle(t, connect(t, s))
-				enough := 100 + rand.Int64N(1500)
+				enough := 100 + rand.Int64N(1000)
 				disk.ledger.load(t, s, uint64(round), enough, s.kill)
 				afterKill(t, disk.path)
 				// A look at the disk between two kills, without a change to it.

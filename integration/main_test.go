@@ -58,6 +58,7 @@ func supervise() (code int, err error) {
 		}
 	}
 	if len(missing) > 0 {
+		slices.Sort(missing)
 		return 1, fmt.Errorf("programs are missing: %s", strings.Join(missing, ", "))
 	}
 	dir, err := os.MkdirTemp("", "nbdserve-it-")
