@@ -302,3 +302,34 @@ func TestOverlappingMetadataIsRefusedForWriting(t *testing.T) {
 		openDisk(t, g, cfg)
 	}
 }
+
+// Discarding a guest cluster that is mapped to metadata keeps the metadata.
+func TestDiscardNeverGivesMetadataBack(t *testing.T) {
+	for name, place := range map[string]func(m *memTarget, h *Header) int64{
+		"L1 table":       func(_ *memTarget, h *Header) int64 { return h.L1Offset },
+		"refcount table": func(_ *memTarget, h *Header) int64 { return h.RefcountTableOffset },
+		"L2 table":       firstL2,
+	} {
+		var off int64
+		s := damaged(t, 3, func(m *memTarget, h *Header) {
+			off = place(m, h)
+			setWord(m, firstL2(m, h), 1<<63|uint64(off))
+		})
+		before := s.Bytes()
+		d := openDisk(t, testGraph(t), storeNode(s, nil))
+		d.must(func(ctx context.Context) error { return d.root.Discard(ctx, 0, 4096) })
+		ctx := context.Background()
+		if err := errors.Join(d.root.Detach(ctx), d.graph.Release(ctx, d.node)); !errors.Is(err, block.ErrCorrupt) {
+			t.Errorf("%s: close: %v", name, err)
+		}
+		d.node = nil
+		m := &memTarget{data: s.Bytes()}
+		keeps := off
+		if name == "L2 table" {
+			keeps += 8 // the entry that was discarded
+		}
+		if firstDifference(m.data[keeps:off+4096], before[keeps:off+4096]) >= 0 {
+			t.Errorf("%s: it was given back to the file", name)
+		}
+	}
+}

@@ -162,6 +162,11 @@ func (im *image) sameRefcount(ctx context.Context, e extent) (n int64, count uin
 
 // punch gives clusters with one reference back to the file and lowers their refcounts.
 func (im *image) punch(ctx context.Context, e extent) error {
+	for _, g := range []*guard{im.fixed, im.tables} {
+		if c := g.overlaps(e.first, e.n); c >= 0 {
+			return im.corrupted(corrupt("Preventing invalid discard of metadata: host offset 0x%x was mapped to a guest cluster too", c<<im.clusterBits))
+		}
+	}
 	off := e.first << im.clusterBits
 	n := min(e.n<<im.clusterBits, im.file.Size()-off)
 	if n > 0 {
