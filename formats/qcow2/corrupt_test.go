@@ -333,3 +333,18 @@ func TestDiscardNeverGivesMetadataBack(t *testing.T) {
 		}
 	}
 }
+
+// Zeroing an entry that is not valid is an error, not a success that leaves it as it is.
+func TestZeroingAnInvalidEntryIsAnError(t *testing.T) {
+	s := damaged(t, 3, func(m *memTarget, h *Header) { setWord(m, firstL2(m, h), word(m, firstL2(m, h))|2) })
+	d := openDisk(t, testGraph(t), storeNode(s, nil))
+	err := d.do(func(ctx context.Context) error { return d.root.WriteZeroes(ctx, 0, 8192, block.MayUnmap) })
+	if !errors.Is(err, block.ErrCorrupt) {
+		t.Errorf("write zeroes: %v", err)
+	}
+	ctx := context.Background()
+	if err := errors.Join(d.root.Detach(ctx), d.graph.Release(ctx, d.node)); !errors.Is(err, block.ErrCorrupt) {
+		t.Errorf("close: %v", err)
+	}
+	d.node = nil
+}

@@ -130,7 +130,8 @@ func repair(ctx context.Context, o *block.Opening, file *block.Edge, h *Header, 
 	}
 	if h.Version >= 3 && h.Autoclear != 0 {
 		var none [8]byte
-		if err := file.WriteAt(ctx, none[:], autoclearOffset, 0); err != nil {
+		// Durable before anything that the features do not know of is written.
+		if err := file.WriteAt(ctx, none[:], autoclearOffset, block.FUA); err != nil {
 			return nil, fmt.Errorf("clear autoclear features: %w", err)
 		}
 		h.Autoclear = 0

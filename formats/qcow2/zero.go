@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/nbdserve/nbdserve/block"
 )
@@ -144,6 +145,8 @@ func (im *image) unmapSlice(ctx context.Context, first, last int64, must bool) e
 				entry = uint64(L2ZeroPlain)
 			}
 			switch {
+			case kind == clusterInvalid && must:
+				return im.corrupted(fmt.Errorf("guest cluster at offset %d: %w", c<<im.clusterBits, L2Entry(old).Check(im.header)))
 			case kind == ClusterZero, kind == clusterInvalid,
 				kind == ClusterUnallocated && im.backingEnds(c<<im.clusterBits):
 				continue
