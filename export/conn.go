@@ -136,6 +136,14 @@ func (c *conn) cut() {
 	c.budget.poke()
 }
 
+// noticeHangUp cuts a client that has left while the reader, which would have met
+// the end of the stream, waits for the budget. Its place is for others.
+func (c *conn) noticeHangUp() {
+	if c.budget.starving.Load() && c.t.hungUp() {
+		c.cut()
+	}
+}
+
 // transmit serves the client until it leaves, then ends the connection.
 func (c *conn) transmit() {
 	c.log.Debug("client connected", "structured", c.structured, "block status", c.meta)

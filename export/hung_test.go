@@ -2,6 +2,7 @@ package export
 
 import (
 	"testing"
+	"time"
 
 	"github.com/nbdserve/nbdserve/block/blocktest"
 )
@@ -53,5 +54,47 @@ func TestClientThatLeftGivesUpItsTurnInThePool(t *testing.T) {
 		}
 	case <-soon(t).Done():
 		t.Error("the client behind it in the queue gets no memory")
+	}
+}
+
+// TestPlaceOfAClientThatLeftWithAFullBudgetIsFreed: the reader waits for a place for
+// one more request, and so does not read to the end of the stream.
+func TestPlaceOfAClientThatLeftWithAFullBudgetIsFreed(t *testing.T) {
+	r := newRig(t, setup{options: Options{MaxClients: 1, MaxInFlight: 20}})
+	c := r.connect().attach(true)
+	r.gate.Hold(blocktest.OpWrite)
+	for range 30 {
+		c.send(requestBytes(cmdWrite, 0, 1, 0, 4, 9, 9, 9, 9))
+	}
+	waitFor(t, "full budget", r.onlyConn().budget.starving.Load)
+	c.nc.Close()
+	waitFor(t, "free place", func() bool { return r.s.Stats().Clients == 0 })
+	next := r.connect().attach(true)
+	wantErrno(t, "READ of the next client", next.do(cmdRead, 0, 0, 10), 0)
+}
+
+// TestPayloadTimeoutDoesNotCountOurOwnDelay: what the server made the client wait is
+// no slowness of the client.
+func TestPayloadTimeoutDoesNotCountOurOwnDelay(t *testing.T) {
+	const limit = time.Second
+	r := newRig(t, setup{size: 40 << 20, options: Options{MaxBytes: 33 << 20, PayloadTimeout: limit}})
+	c := r.connect().attach(false)
+	must(t, r.graph.DrainBegin(soon(t), r.node))
+	c.send(requestBytes(cmdWrite, 0, 1, 0, 32<<20, make([]byte, 32<<20)...)) // takes nearly all the budget
+	waitFor(t, "parking", r.onlyConn().waiting.Load)
+	// Of the next one a piece fits. A second time limit has begun when its last part comes.
+	c.send(requestBytes(cmdWrite, 0, 2, 0, 2<<20, make([]byte, 900<<10)...))
+	<-time.After(limit + limit/4)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := c.nc.Write(make([]byte, 2<<20-900<<10))
+		sent <- err
+	}()
+	waitFor(t, "full budget", r.onlyConn().budget.starving.Load)
+	<-time.After(limit)
+	r.graph.DrainEnd(r.node)
+	must(t, <-sent)
+	for range 2 {
+		wantErrno(t, "WRITE", c.result(dataOf(0)), 0)
 	}
 }

@@ -40,6 +40,7 @@ func (s *Server) watch(end <-chan struct{}) {
 		for c := range s.conns {
 			if c.export != nil {
 				c.dismissIdle(s.now())
+				c.noticeHangUp()
 			}
 		}
 		s.mu.Unlock()

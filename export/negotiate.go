@@ -41,6 +41,9 @@ func (c *conn) negotiate() *Export {
 	if err := c.nc.SetDeadline(time.Now().Add(c.s.opt.HandshakeTimeout)); err != nil {
 		return nil
 	}
+	if c.t.aborted() {
+		c.t.abort() // the deadline has undone it
+	}
 	if c.s.isStopping() {
 		c.stop()
 	}

@@ -147,12 +147,7 @@ func (c *conn) takePlace() error {
 	if c.hasPlace() {
 		return nil
 	}
-	c.sendInline()
-	c.out.flush()
-	if !c.budget.wait(c.hasPlace, c.hopeless) {
-		return errCut
-	}
-	return nil
+	return c.await(c.hasPlace)
 }
 
 func (c *conn) hasPlace() bool {
@@ -164,10 +159,20 @@ func (c *conn) takeBytes(n int64) error {
 	if n == 0 || c.budget.tryBytes(n) {
 		return nil
 	}
+	return c.await(func() bool { return c.budget.tryBytes(n) })
+}
+
+// await waits until the budget allows try to succeed. The client is not to blame
+// for that time, so the limit for its payload starts anew.
+func (c *conn) await(try func() bool) error {
 	c.sendInline()
 	c.out.flush()
-	if !c.budget.wait(func() bool { return c.budget.tryBytes(n) }, c.hopeless) {
+	if !c.budget.wait(try, c.hopeless) {
 		return errCut
+	}
+	if c.rx.deadline {
+		c.rx.deadline = false
+		c.readBy(time.Time{})
 	}
 	return nil
 }

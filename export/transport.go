@@ -40,6 +40,9 @@ type transport interface {
 	abort()
 	// aborted tells whether abort was called.
 	aborted() bool
+	// hungUp tells whether the peer is known to be gone for both directions, even if
+	// not all that it sent was received. It may be called at any time.
+	hungUp() bool
 }
 
 func newTransport(nc net.Conn, timeout time.Duration) transport {
@@ -104,6 +107,9 @@ func (s *stream) receive(r room) (int, error) {
 	}
 	return 0, err
 }
+
+// hungUp cannot be found out.
+func (s *stream) hungUp() bool { return false }
 
 // send has no way to find out whether it would wait.
 func (s *stream) send(bufs [][]byte, wait bool) ([][]byte, error) {
@@ -196,6 +202,16 @@ func (s *socket) tryReceive(fd uintptr) bool {
 		}
 		return true
 	}
+}
+
+func (s *socket) hungUp() (gone bool) {
+	// On an error the descriptor is closed: the connection ends without us.
+	_ = s.raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}} // hang-up and error are always told
+		n, err := unix.Poll(fds, 0)
+		gone = err == nil && n > 0
+	})
+	return gone
 }
 
 func (s *socket) send(bufs [][]byte, wait bool) ([][]byte, error) {
