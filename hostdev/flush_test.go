@@ -3,6 +3,7 @@ package hostdev
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -154,6 +155,25 @@ func TestFullFileSystemIsNoSpaceAndDoesNotLatch(t *testing.T) {
 		}
 	}
 	do(t, r, r.Flush)
+}
+
+// What a failed write has left past the end is part of the node: parents take what
+// lies past its end for zeroes.
+func TestFailedGrowthIsPartOfTheNode(t *testing.T) {
+	dir := t.TempDir()
+	command(t, "mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", dir)
+	t.Cleanup(func() { command(t, "umount", "--lazy", dir) })
+	path := filepath.Join(dir, "disk")
+	newFile(t, path, nil, 0)
+	n, r := opened(t, config(path))
+	err := r.Do(ctx, func(ctx context.Context) error { return r.WriteAt(ctx, filled(1, 2<<20), 0, 0) })
+	if !errors.Is(err, block.ErrNoSpace) {
+		t.Errorf("write: %v, want ErrNoSpace", err)
+	}
+	st, err := os.Stat(path)
+	if err != nil || st.Size() == 0 || st.Size() != n.Size() {
+		t.Errorf("the node has %d bytes, the file %d (%v)", n.Size(), st.Size(), err)
+	}
 }
 
 func TestParallelFlushesOfRealFile(t *testing.T) {

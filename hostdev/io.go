@@ -98,6 +98,7 @@ func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.Req
 	}
 	dsync := fua && !n.noDsync.Load()
 	if err := n.writeAll(p, off, dsync); err != nil {
+		n.growToFile()
 		return err
 	}
 	n.grow(end)
@@ -178,6 +179,16 @@ func (n *node) grow(end int64) {
 		size := n.size.Load()
 		if end <= size || n.size.CompareAndSwap(size, end) {
 			return
+		}
+	}
+}
+
+// growToFile notes what a write that failed has added to the file: the parents rely
+// on zeroes past the end.
+func (n *node) growToFile() {
+	if n.kind == regularFile {
+		if size, err := n.kind.sizeOf(n.fd); err == nil {
+			n.grow(size)
 		}
 	}
 }

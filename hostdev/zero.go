@@ -51,6 +51,7 @@ func (n *node) WriteZeroes(_ context.Context, off, length int64, flags block.Req
 	case block.ErrNotSupported:
 		return err
 	}
+	n.growToFile()
 	return n.writeError(err)
 }
 
