@@ -98,3 +98,24 @@ func TestPayloadTimeoutDoesNotCountOurOwnDelay(t *testing.T) {
 		wantErrno(t, "WRITE", c.result(dataOf(0)), 0)
 	}
 }
+
+// TestAnswersAreSentWhileAllWorkersHang: an answer did not fit into the socket when
+// its worker went on to a request that hangs. The client gets it when it receives.
+func TestAnswersAreSentWhileAllWorkersHang(t *testing.T) {
+	const length = 4 << 20 // more than a socket holds
+	r := newRig(t, setup{size: length, options: Options{Workers: 2}})
+	c := r.connect().attach(false)
+	r.gate.Hold(blocktest.OpWrite)
+	write := requestBytes(cmdWrite, 0, 2, 0, 1, 9)
+	c.send(requestBytes(cmdRead, 0, 1, 0, length), write, write)
+	must(t, r.gate.WaitHeld(soon(t), 2))
+	if res := c.result(dataOf(length)); res.cookie != 1 || res.errno != 0 {
+		t.Errorf("reply to %d, error %d", res.cookie, res.errno)
+	}
+	r.gate.ReleaseAll()
+	for range 2 {
+		if res := c.result(dataOf(0)); res.cookie != 2 || res.errno != 0 {
+			t.Errorf("reply to %d, error %d", res.cookie, res.errno)
+		}
+	}
+}

@@ -43,6 +43,9 @@ type staff struct {
 	// coming is set while a worker that was called has not looked at the queue yet:
 	// nobody else needs to be called, and it will send the answers that are ready.
 	coming bool
+	// sender is set while somebody sends for the workers, which must not wait; unsent
+	// while one of them has left something since.
+	sender, unsent bool
 }
 
 // A worker runs requests of one connection, one at a time.
@@ -69,16 +72,9 @@ func (c *conn) enqueue(r *request) {
 // summon finds a worker to be called for the queue: nil when it is empty, one is
 // coming already, or all are at work. conn.mu is held; start is called without.
 func (c *conn) summon() *worker {
-	if c.queue.n == 0 {
-		return nil
-	}
-	return c.summonAnyway()
-}
-
-func (c *conn) summonAnyway() *worker {
 	st := &c.staff
 	switch {
-	case st.coming:
+	case st.coming || c.queue.n == 0:
 		return nil
 	case len(st.idle) > 0:
 		w := st.idle[len(st.idle)-1]
@@ -144,10 +140,7 @@ func (w *worker) run() {
 		// Nobody else would send what is ready while this request runs. It must not
 		// wait for the client: if that is needed, somebody else does it.
 		if !coming && !c.out.tryFlush() {
-			c.mu.Lock()
-			next = c.summonAnyway()
-			c.mu.Unlock()
-			next.start()
+			c.sendElsewhere()
 		}
 		w.execute()
 		c.mu.Lock()
@@ -155,6 +148,31 @@ func (w *worker) run() {
 	}
 	c.staff.strike(w)
 	c.mu.Unlock()
+}
+
+// sendElsewhere sends what is ready while the caller, a worker, does something else.
+func (c *conn) sendElsewhere() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	st := &c.staff
+	st.unsent = true
+	if st.sender {
+		return
+	}
+	st.sender = true
+	c.workers.Add(1)
+	go func() {
+		defer c.workers.Done()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for st.unsent {
+			st.unsent = false
+			c.mu.Unlock()
+			c.out.flush()
+			c.mu.Lock()
+		}
+		st.sender = false
+	}()
 }
 
 // strike takes w off the staff: it will not look at the queue any more, so it must
