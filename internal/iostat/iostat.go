@@ -134,9 +134,18 @@ type OpFigures struct {
 }
 
 func (f *OpFigures) add(o *opCell) {
-	// What ended is read before what was started, so that in flight is never negative.
-	ok, failed := o.ok.Load(), o.failed.Load()
-	f.InFlight += o.started.Load() - ok - failed
+	// What started and what ended must be of one moment: requests that end between
+	// the two loads would count as in flight, or as ended before they began.
+	var started, ok, failed int64
+	for range 8 { // requests that end all the time leave it at a good guess
+		before := o.ok.Load() + o.failed.Load()
+		started = o.started.Load()
+		ok, failed = o.ok.Load(), o.failed.Load()
+		if ok+failed == before {
+			break
+		}
+	}
+	f.InFlight += max(0, started-ok-failed)
 	f.OK += ok
 	f.Failed += failed
 	f.Bytes += o.bytes.Load()
