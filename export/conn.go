@@ -177,6 +177,7 @@ func (c *conn) readBy(t time.Time) {
 // readRequests is the reader. It returns nil when the client said NBD_CMD_DISC or
 // the server ends, else why the connection ends.
 func (c *conn) readRequests() error {
+	defer c.sendAll()
 	for {
 		n, err := c.t.receive(c)
 		if err != nil {
@@ -191,12 +192,21 @@ func (c *conn) readRequests() error {
 		c.in.now = c.s.now()
 		c.rx.received(n)
 		more, err := c.consume()
-		c.sendInline()
-		c.out.flush()
 		if !more || err != nil {
 			return err
 		}
+		// What has arrived meanwhile is looked at first, so that a busy client gets
+		// several answers with one call; but it shall have work while we have.
+		if c.in.count >= inlineMost {
+			c.sendAll()
+		}
 	}
+}
+
+// sendAll sends the answers that are ready.
+func (c *conn) sendAll() {
+	c.sendInline()
+	c.out.flush()
 }
 
 // goneAway tells that the client closed the connection, which is no news.

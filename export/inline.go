@@ -14,9 +14,14 @@ var errCut = errors.New("the connection was cut")
 // inlineMax is the longest READ that the reader answers itself, in bytes.
 const inlineMax = 64 << 10
 
+// inlineMost is how many answers of the reader go out together at least, while more
+// requests arrive.
+const inlineMost = 8
+
 // An inline holds the answers that the reader gives itself and has not sent yet.
 type inline struct {
 	now   time.Duration // when the reader last received, on the server's clock
+	since time.Duration // when the first request answered in buf had arrived
 	buf   []byte        // of txSize, or nil
 	used  int           // bytes of answers in buf
 	count int64         // requests answered there
@@ -90,6 +95,9 @@ func (c *conn) answerInline(r *request) bool {
 }
 
 func (in *inline) took(bytes, data int) {
+	if in.count == 0 {
+		in.since = in.now
+	}
 	in.used += bytes
 	in.count++
 	in.bytes += int64(data)
@@ -103,7 +111,7 @@ func (c *conn) sendInline() {
 		return
 	}
 	now := c.s.now()
-	c.stat.FinishInline(iostat.Read, in.count, in.bytes, now-in.now)
+	c.stat.FinishInline(iostat.Read, in.count, in.bytes, now-in.since)
 	if !c.out.direct(in.buf[:in.used]) {
 		b := &in.rejections
 		b.add(in.buf[:in.used], in.buf)

@@ -148,6 +148,7 @@ func (c *conn) idle() {
 
 // waits limits the time for the rest of a payload.
 func (c *conn) waits() {
+	c.sendAll()
 	x := &c.rx
 	if x.deadline || !x.inPayload() {
 		return
