@@ -38,7 +38,7 @@ type Options struct {
 	CloseTimeout time.Duration
 	// MaxInFlight bounds the requests of a connection that are not answered yet. [128]
 	MaxInFlight int
-	// MaxBytes bounds the data of these requests, in bytes; at least 33 MiB. [64 MiB]
+	// MaxBytes bounds the data of these requests, in bytes; at least 33 MiB, which is the default.
 	MaxBytes int64
 	// Memory bounds the data of all connections beyond the first MiB of each, in bytes; at least 33 MiB. [512 MiB]
 	Memory int64
@@ -67,7 +67,6 @@ func (o *Options) setDefaults() {
 	setDefault(&o.PayloadTimeout, 30*time.Second)
 	setDefault(&o.CloseTimeout, time.Second)
 	setDefault(&o.MaxInFlight, 128)
-	setDefault(&o.MaxBytes, 64<<20)
 	setDefault(&o.Memory, 512<<20)
 	setDefault(&o.Workers, 16)
 	setDefault(&o.SlowAfter, 30*time.Second)
