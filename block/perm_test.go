@@ -285,9 +285,9 @@ func TestAbortLeavesTheGraphAsBefore(t *testing.T) {
 	})
 }
 
-// detachLoosely detaches. The test's veto may hit, which a driver must not do when permissions loosen.
+// detachLoosely detaches. A veto of the test is not heard: loosening is never refused.
 func detachLoosely(rt *rapid.T, r *block.Root) {
-	if err := r.Detach(ctx); err != nil && !errors.Is(err, syscall.EAGAIN) {
+	if err := r.Detach(ctx); err != nil {
 		rt.Errorf("detach: %v", err)
 	}
 }

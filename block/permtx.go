@@ -16,6 +16,8 @@ type permTx struct {
 	edges   []savedEdge
 	checked []*Node // whose Permitter was asked
 	grants  []grant
+	// loosen says that nobody gets more than before: a driver that refuses keeps what it has.
+	loosen bool
 }
 
 type savedEdge struct {
@@ -26,6 +28,7 @@ type savedEdge struct {
 type grant struct {
 	node         *Node
 	perm, shared Perm
+	agreed       bool // of the Permitter
 }
 
 func (tx *permTx) set(e *Edge, perm, shared Perm) {
@@ -48,16 +51,17 @@ func (tx *permTx) abort() {
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
 		g.node.perm, g.node.shared = g.perm, g.shared
-		if g.node.permitter != nil {
+		if g.agreed {
 			g.node.permitter.SetPerm(g.perm, g.shared)
 		}
 	}
 }
 
 // updatePerms recomputes the permissions of all edges below start after its
-// parents changed. added, if not nil, is a new edge to start. Graph.mu is held.
+// parents changed. added, if not nil, is a new edge to start; without one an edge
+// has gone, and that is never refused. Graph.mu is held.
 func (g *Graph) updatePerms(start *Node, added *Edge) error {
-	tx := new(permTx)
+	tx := &permTx{loosen: added == nil}
 	if added != nil {
 		perm, shared := added.wanted()
 		tx.set(added, perm, shared)
@@ -108,13 +112,18 @@ func (tx *permTx) check(n *Node) error {
 	if n.config.ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
 		return fmt.Errorf("%w: Block node '%s' is read-only", ErrReadOnly, n.name)
 	}
-	if n.permitter != nil {
-		if err := n.permitter.CheckPerm(perm, shared); err != nil {
+	agreed := n.permitter != nil
+	if agreed {
+		switch err := n.permitter.CheckPerm(perm, shared); {
+		case err == nil:
+			tx.checked = append(tx.checked, n)
+		case tx.loosen:
+			agreed = false
+		default:
 			return err
 		}
-		tx.checked = append(tx.checked, n)
 	}
-	tx.grants = append(tx.grants, grant{n, perm, shared})
+	tx.grants = append(tx.grants, grant{n, perm, shared, agreed})
 	for _, e := range n.children {
 		perm, shared := e.wanted()
 		tx.set(e, perm, shared)
