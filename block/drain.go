@@ -123,21 +123,11 @@ func (r *Root) resumeLanes() {
 
 // ancestors lists n and the nodes above it, each once, upper ones first. Graph.mu is held.
 func (n *Node) ancestors() []*Node {
-	var list []*Node
-	seen := make(map[*Node]bool)
-	var visit func(*Node)
-	visit = func(n *Node) {
-		if seen[n] {
-			return
-		}
-		seen[n] = true
+	return postOrder(n, func(n *Node, visit func(*Node)) {
 		for _, e := range n.parents {
 			if e.parent != nil {
 				visit(e.parent)
 			}
 		}
-		list = append(list, n)
-	}
-	visit(n)
-	return list
+	})
 }

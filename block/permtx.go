@@ -2,6 +2,7 @@ package block
 
 import (
 	"fmt"
+	"slices"
 	"sync/atomic"
 )
 
@@ -133,6 +134,18 @@ func (tx *permTx) check(n *Node) error {
 
 // topological lists start and the nodes below it, parents before children.
 func topological(start *Node) []*Node {
+	order := postOrder(start, func(n *Node, visit func(*Node)) {
+		for _, e := range n.children {
+			visit(e.child)
+		}
+	})
+	slices.Reverse(order)
+	return order
+}
+
+// postOrder lists start and what each leads to from there, each node once and
+// after all that it leads to.
+func postOrder(start *Node, each func(n *Node, visit func(*Node))) []*Node {
 	var order []*Node
 	seen := make(map[*Node]bool)
 	var visit func(*Node)
@@ -141,14 +154,9 @@ func topological(start *Node) []*Node {
 			return
 		}
 		seen[n] = true
-		for _, e := range n.children {
-			visit(e.child)
-		}
+		each(n, visit)
 		order = append(order, n)
 	}
 	visit(start)
-	for i, j := 0, len(order)-1; i < j; i, j = i+1, j-1 {
-		order[i], order[j] = order[j], order[i]
-	}
 	return order
 }
