@@ -63,8 +63,9 @@ type conn struct {
 	budget budget
 	out    output
 
-	rx reception // of the reader
-	in inline    // of the reader
+	rx    reception // of the reader
+	in    inline    // of the reader
+	brisk brisk
 
 	waiting atomic.Bool // there are parked requests
 	mu      sync.Mutex  // guards what follows
@@ -82,6 +83,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{s: s, id: s.accepted.Load(), nc: nc, peer: peerName(nc), quiet: make(chan struct{}, 1)}
+	c.brisk.end = make(chan error, 1)
 	c.log = s.log.With("client", c.peer)
 	c.t = newTransport(nc, s.opt.SendTimeout)
 	c.budget.init(&s.pool, s.opt.MaxInFlight, s.opt.MaxBytes)
@@ -153,6 +155,9 @@ func (c *conn) transmit() {
 		c.t.abort()
 	}
 	err := c.readRequests()
+	if err == errRelieved {
+		err = <-c.brisk.end
+	}
 	c.s.left(c)
 	polite := err == nil
 	if !polite {
@@ -175,30 +180,40 @@ func (c *conn) readBy(t time.Time) {
 }
 
 // readRequests is the reader. It returns nil when the client said NBD_CMD_DISC or
-// the server ends, else why the connection ends.
+// the server ends, else why the connection ends; errRelieved when another one reads on.
 func (c *conn) readRequests() error {
-	defer c.sendAll()
 	for {
-		n, err := c.t.receive(c)
-		if err != nil {
-			if err = c.interrupted(err); err != nil {
-				return err
-			}
-			if c.stopping.Load() {
-				return nil
-			}
-			continue
-		}
-		c.in.now = c.s.now()
-		c.rx.received(n)
+		// A reader that has relieved another finds what that one had received.
 		more, err := c.consume()
-		if !more || err != nil {
+		if err == errRelieved {
 			return err
 		}
 		// What has arrived meanwhile is looked at first, so that a busy client gets
 		// several answers with one call; but it shall have work while we have.
-		if c.in.count >= inlineMost {
+		if !more || err != nil || c.in.count >= inlineMost {
 			c.sendAll()
+		}
+		if !more || err != nil {
+			return err
+		}
+		if more, err = c.receive(); !more || err != nil {
+			c.sendAll()
+			return err
+		}
+	}
+}
+
+// receive waits until something has arrived. more is false when the server ends.
+func (c *conn) receive() (more bool, err error) {
+	for {
+		n, err := c.t.receive(c)
+		if err == nil {
+			c.in.now = c.s.now()
+			c.rx.received(n)
+			return true, nil
+		}
+		if err = c.interrupted(err); err != nil || c.stopping.Load() {
+			return false, err
 		}
 	}
 }

@@ -11,7 +11,8 @@ import (
 // answer is there, the request has ended.
 func (w *worker) execute() {
 	c, r := w.c, &w.r
-	c.stat.Track(w.n, r.op(), r.off, c.s.wall(c.s.now()))
+	began, short := c.s.now(), r.short()
+	c.stat.Track(w.n, r.op(), r.off, c.s.wall(began))
 	moved := int64(0)
 	var err error
 	switch r.cmd {
@@ -32,7 +33,11 @@ func (w *worker) execute() {
 	w.reply.bytes += r.charge
 	// Counted first, so that the figures show nothing in flight once a drain has begun.
 	c.stat.Untrack(w.n)
-	c.stat.Finish(r.op(), err == nil, moved, c.s.now()-r.arrived)
+	end := c.s.now()
+	if short {
+		c.brisk.ended(end - began)
+	}
+	c.stat.Finish(r.op(), err == nil, moved, end-r.arrived)
 	c.lane.End(r.adm)
 	c.out.put(&w.reply)
 }

@@ -25,6 +25,7 @@ type inline struct {
 	buf   []byte        // of txSize, or nil
 	used  int           // bytes of answers in buf
 	count int64         // requests answered there
+	reads int64         // READs among them, which are not counted yet
 	bytes int64         // read for them
 
 	rejections batch // scratch
@@ -43,10 +44,18 @@ func (in *inline) rest() {
 	}
 }
 
-// makeInline makes room for the answer to r. It may send, so it is called before r is admitted.
-func (c *conn) makeInline(r *request) {
+// inlineSize bounds the answer to r, in bytes.
+func (r *request) inlineSize() int {
+	if r.cmd == cmdRead {
+		return dataChunkSize + int(r.length)
+	}
+	return simpleSize
+}
+
+// makeInline makes room for an answer of n bytes. It may send, so it is called before the request is admitted.
+func (c *conn) makeInline(n int) {
 	in := &c.in
-	if in.used+dataChunkSize+int(r.length) > txSize {
+	if in.used+n > txSize {
 		c.sendInline()
 	}
 	if in.buf == nil {
@@ -95,11 +104,12 @@ func (c *conn) answerInline(r *request) bool {
 }
 
 func (in *inline) took(bytes, data int) {
-	if in.count == 0 {
+	if in.reads == 0 {
 		in.since = in.now
 	}
 	in.used += bytes
 	in.count++
+	in.reads++
 	in.bytes += int64(data)
 }
 
@@ -110,8 +120,9 @@ func (c *conn) sendInline() {
 	if in.count == 0 {
 		return
 	}
-	now := c.s.now()
-	c.stat.FinishInline(iostat.Read, in.count, in.bytes, now-in.since)
+	if in.reads > 0 {
+		c.stat.FinishInline(iostat.Read, in.reads, in.bytes, c.s.now()-in.since)
+	}
 	if !c.out.direct(in.buf[:in.used]) {
 		b := &in.rejections
 		b.add(in.buf[:in.used], in.buf)
@@ -122,5 +133,5 @@ func (c *conn) sendInline() {
 		c.out.put(b)
 		c.out.flush()
 	}
-	in.used, in.count, in.bytes = 0, 0, 0
+	in.used, in.count, in.reads, in.bytes = 0, 0, 0, 0
 }

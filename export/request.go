@@ -198,27 +198,23 @@ func (r *request) answerSize() int64 {
 // The budget is asked before the gate: a request that waits for memory is not in
 // flight, so that a client that does not receive cannot hold up a drain.
 func (c *conn) admit(r *request) error {
-	defer c.budget.settled()
-	if err := c.takePlace(); err != nil {
+	err := c.takePlace()
+	if err == nil && !c.waiting.Load() {
+		var done bool
+		if done, err = c.admitHere(r); done {
+			return err
+		}
+	}
+	if n := r.answerSize(); n > 0 && err == nil {
+		if err = c.takeBytes(n); err == nil {
+			r.charge = n
+		}
+	}
+	c.budget.settled()
+	if err != nil {
 		r.drop(&c.budget)
 		c.budget.give(0, r.charge)
 		return err
-	}
-	if c.in.takes(r) && !c.waiting.Load() {
-		c.makeInline(r)
-		if adm, ok := c.lane.Begin(); ok {
-			done := c.answerInline(r)
-			c.lane.End(adm)
-			if done {
-				return nil
-			}
-		}
-	}
-	if n := r.answerSize(); n > 0 {
-		if err := c.takeBytes(n); err != nil {
-			return err
-		}
-		r.charge = n
 	}
 	c.budget.requests.Add(1)
 	if !c.waiting.Load() {
@@ -230,4 +226,28 @@ func (c *conn) admit(r *request) error {
 	}
 	c.park(r)
 	return nil
+}
+
+// admitHere lets the reader do r itself if that is quick. done is false when it was not.
+func (c *conn) admitHere(r *request) (done bool, err error) {
+	reads := c.in.takes(r)
+	if !reads && !c.brisklyRuns(r) {
+		return false, nil
+	}
+	c.makeInline(r.inlineSize())
+	adm, ok := c.lane.Begin()
+	if !ok {
+		return false, nil
+	}
+	if reads {
+		done = c.answerInline(r)
+		c.lane.End(adm)
+		if done {
+			c.budget.settled()
+		}
+		return done, nil
+	}
+	r.adm = adm
+	c.budget.settled()
+	return true, c.runHere(r)
 }
