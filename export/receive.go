@@ -71,6 +71,7 @@ type reception struct {
 
 	arrived  int64 // bytes ever
 	taken    int64 // requests ever
+	waited   int64 // taken, when nothing more was there last
 	deadline bool  // a time limit runs since
 	sinceN   int64 // arrived
 	sinceReq int64 // taken
@@ -147,14 +148,17 @@ func (c *conn) idle() {
 }
 
 // waits limits the time for the rest of a payload.
-func (c *conn) waits() {
+func (c *conn) waits() (soon bool) {
 	c.sendAll()
 	x := &c.rx
+	soon = x.taken-x.waited <= 1
+	x.waited = x.taken
 	if x.deadline || !x.inPayload() {
-		return
+		return soon
 	}
 	x.deadline, x.sinceN, x.sinceReq = true, x.arrived, x.taken
 	c.readBy(time.Now().Add(c.s.opt.PayloadTimeout))
+	return soon
 }
 
 // inPayload tells whether a part of a payload has arrived, or at least its head.
