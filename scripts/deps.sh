@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests need and that are missing. Where it
 # cannot, it says in one line what is missing and fails.
 set -u
-packages="gcc libc6-dev qemu-utils libnbd-bin nbdfuse python3-libnbd nbdkit fio e2fsprogs xfsprogs fuse3
+packages="gcc libc6-dev qemu-utils libnbd-bin nbdfuse python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs fuse3
 iproute2 openssl nbd-client strace procps util-linux mount systemd"
 
 missing=
