@@ -62,6 +62,9 @@ type Config struct {
 	ForceShare bool
 	// NoIO opens to look only: no permissions are taken (probing, image info of a busy disk).
 	NoIO bool
+	// Inactive opens the node, and the children that it opens itself, inactive
+	// (active=off): without locks, permissions and caches. See [Graph.SetActive].
+	Inactive bool
 	// Probed says that the format was guessed; see rule G8.
 	Probed bool
 	// Options is what Driver.NewOptions returns, filled in. nil: the defaults.
@@ -109,6 +112,7 @@ func inherit(parent *Config, role Role, child *Config) *Config {
 	c.Cache = parent.Cache
 	c.ForceShare = c.ForceShare || parent.ForceShare
 	c.NoIO = c.NoIO || parent.NoIO
+	c.Inactive = c.Inactive || parent.Inactive
 	if role&RoleCOW != 0 {
 		c.ReadOnly = true
 	} else {

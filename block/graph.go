@@ -72,6 +72,11 @@ func (g *Graph) find(name string) *Node {
 func (g *Graph) Nodes() []*Node {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.openNodes()
+}
+
+// openNodes is Nodes. Graph.mu is held.
+func (g *Graph) openNodes() []*Node {
 	var ns []*Node
 	for _, n := range g.nodes {
 		if n.inst != nil && n.refs > 0 {
@@ -134,6 +139,7 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	}
 	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
 	n.config.Store(&eff)
+	n.inactive.Store(eff.Inactive)
 	g.mu.Lock()
 	err := g.reserve(n, cfg.NodeName)
 	g.mu.Unlock()
@@ -190,7 +196,7 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 		return nil
 	}
 	var err error
-	if !n.cfg().ReadOnly && !n.cfg().NoIO {
+	if !n.cfg().ReadOnly && !n.cfg().NoIO && n.Active() {
 		err = n.inst.Flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))

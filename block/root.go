@@ -16,6 +16,12 @@ type RootConfig struct {
 	Shared Perm // what others may hold meanwhile
 	// WriteThrough makes every write durable before it returns.
 	WriteThrough bool
+	// AllowInactive is asked before the node becomes inactive; an error says why it
+	// must not. nil: the root never allows it. It may be called in parallel and more
+	// than once, must not block, and must not wait for a call of the graph. The root
+	// loses its permissions while the node is inactive, and gets them back, or the node
+	// stays inactive.
+	AllowInactive func() error
 }
 
 // A Root is an edge without a parent node: the point where requests enter the
@@ -34,6 +40,8 @@ type Root struct {
 	writeFlags   ReqFlags // added to each write
 	graph        *Graph
 
+	allowInactive func() error
+
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].
 	state    atomic.Uint64
@@ -50,9 +58,10 @@ type Root struct {
 const gateClosed = 1
 
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
-// It fails if the permissions conflict with those of other users, naming both.
+// It fails if the permissions conflict with those of other users, naming both. On an
+// inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g, allowInactive: cfg.AllowInactive,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
@@ -74,9 +83,24 @@ func (r *Root) Detach(ctx context.Context) error {
 	}
 	var err error
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		err = r.edge.Flush(ctx)
+		c, busy := r.graph.claimWhenFree(ctx, func() []*Node { return []*Node{r.Node()} })
+		if busy != nil {
+			return busy
+		}
+		if r.Node().Active() { // else it was flushed then
+			err = r.edge.Flush(ctx)
+		}
+		err = r.graph.end(c, err)
 	}
 	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+}
+
+// mayUse tells why the root cannot be on top of n as far as activity goes.
+func (r *Root) mayUse(n *Node) error {
+	if more := r.perm &^ PermConsistentRead; more != 0 && !n.Active() && r.allowInactive == nil {
+		return refuse(ErrInactive, "Permission '%s' unavailable on inactive node", more)
+	}
+	return nil
 }
 
 // Node is the node below the root.
