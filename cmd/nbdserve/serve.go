@@ -6,9 +6,12 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"time"
 	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/nbdserve/nbdserve/export"
 )
 
 // serveOptions are the options of serve, checked.
@@ -19,6 +22,8 @@ type serveOptions struct {
 	description    string
 	writeThrough   bool
 	shareRW        bool
+	activation     export.Activation
+	linger         time.Duration
 	maxClients     int
 	once           bool
 	run            string // a shell command, "" for none
@@ -58,6 +63,8 @@ func serveCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID; for --run a private one"},
 			&cli.BoolFlag{Name: "print-uri", Category: sockets, Usage: "print the URI of each socket on standard output, one a line, when ready"},
 
+			&cli.StringFlag{Name: "activation", Value: activations[0].name, Category: life, Usage: "lock the image, and keep what is cached of it, `WHEN`: always, on-connect (while there is a client; other servers with the same image may serve it in between)"},
+			&cli.StringFlag{Name: "activation-linger", Value: "0s", Category: life, Usage: "with on-connect, keep the image for this `DURATION` after the last client has left, such as 30s or 5m"},
 			&cli.BoolFlag{Name: "once", Category: life, Usage: "end when the last client has left"},
 			&cli.StringFlag{Name: "run", Category: life, Usage: "when ready run shell `COMMAND` with $uri, $unixsocket, $port and $exportname set, end with it and with its exit status"},
 			&cli.BoolFlag{Name: "exit-with-parent", Category: life, Usage: "end when the parent process ends"},
@@ -83,7 +90,7 @@ func parseServe(c *cli.Context) (*serveOptions, error) {
 		once: c.Bool("once"), run: c.String("run"), exitWithParent: c.Bool("exit-with-parent"),
 		printURI: c.Bool("print-uri"), metricsAddress: c.String("metrics"),
 	}
-	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseImage, o.parseExport, o.parseListen} {
+	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseImage, o.parseExport, o.parseActivation, o.parseListen} {
 		if err := parse(c); err != nil {
 			return nil, err
 		}
@@ -155,6 +162,20 @@ func (o *serveOptions) parseExport(c *cli.Context) error {
 		return fmt.Errorf("--max-clients '%s' is not a number of clients (0 for no limit)", c.String("max-clients"))
 	}
 	o.maxClients = int(n)
+	return nil
+}
+
+func (o *serveOptions) parseActivation(c *cli.Context) (err error) {
+	if o.activation, err = choose(c, "activation", activations); err != nil {
+		return err
+	}
+	given := c.String("activation-linger")
+	if o.linger, err = time.ParseDuration(given); err != nil || o.linger < 0 {
+		return fmt.Errorf("--activation-linger '%s' is not a duration such as 30s, 5m or 1h30m", given)
+	}
+	if c.IsSet("activation-linger") && o.activation != export.ActivationOnConnect {
+		return errors.New("--activation-linger needs --activation on-connect")
+	}
 	return nil
 }
 

@@ -87,6 +87,7 @@ func (s *session) start(stdout io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	cfg.Inactive = s.activation == export.ActivationOnConnect
 	if s.node, err = s.graph.Open(ctx, cfg); err != nil {
 		return err
 	}
@@ -94,6 +95,7 @@ func (s *session) start(stdout io.Writer) (err error) {
 	if _, err = s.server.AddExport(ctx, export.Config{
 		Name: s.name, Description: s.description, Graph: s.graph, Node: s.node,
 		ReadOnly: s.image.readOnly, ShareRW: s.shareRW, WriteThrough: s.writeThrough,
+		Activation: s.activation, Linger: s.linger,
 	}); err != nil {
 		return err
 	}
