@@ -20,6 +20,7 @@ type tx struct {
 	freed    []*Node  // a reference to each is given back after a commit
 	perms    permTx
 	quiesced quiesced
+	resized  []*Root // roots that are to be told after a commit
 }
 
 // change runs edit as one transaction. The error is why nothing has changed, or what
@@ -41,6 +42,7 @@ func (g *Graph) change(ctx context.Context, edit func(t *tx) error) error {
 	if err != nil {
 		return err
 	}
+	tellResized(t.resized)
 	var errs []error
 	for _, n := range t.freed {
 		errs = append(errs, g.Release(ctx, n))
@@ -69,12 +71,14 @@ func (t *tx) permissions() error {
 
 func (t *tx) commit() {
 	t.perms.commit()
+	above := ancestors(t.below...)
 	// What lies below was computed before.
-	for _, n := range slices.Backward(ancestors(t.below...)) {
+	for _, n := range slices.Backward(above) {
 		if n.inst != nil {
 			n.refreshLimits()
 		}
 	}
+	t.resized = resizedRoots(above)
 }
 
 func (t *tx) abort() {
