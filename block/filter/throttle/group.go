@@ -131,14 +131,14 @@ func (g *group) enter(n *node, d direction, bytes int64) *waiter {
 	return w
 }
 
-// pass lets a request of n pass unless it has to wait, be it behind others.
+// pass lets a request of n pass unless it has to wait.
 func (g *group) pass(n *node, d direction, bytes int64) bool {
 	if len(g.queue[reading])+len(g.queue[writing]) > 0 {
-		g.dispatch()
+		g.dispatch() // who waits comes first
 	} else {
 		g.leak()
 	}
-	if !n.unbound && (len(g.queue[d]) > 0 || g.wait(d) > 0) {
+	if !n.unbound && g.wait(d) > 0 {
 		return false
 	}
 	g.charge(d, bytes, 1)
