@@ -10,6 +10,12 @@ import (
 	"syscall"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/block/filter/blkdebug"
+	"github.com/nbdserve/nbdserve/block/filter/blkverify"
+	"github.com/nbdserve/nbdserve/block/filter/copyonread"
+	"github.com/nbdserve/nbdserve/block/filter/delay"
+	"github.com/nbdserve/nbdserve/block/filter/null"
+	"github.com/nbdserve/nbdserve/block/filter/throttle"
 	"github.com/nbdserve/nbdserve/formats/qcow2"
 	"github.com/nbdserve/nbdserve/formats/raw"
 	"github.com/nbdserve/nbdserve/hostdev"
@@ -21,11 +27,17 @@ func drivers() []*block.Driver {
 	formats := []*block.Driver{
 		qcow2.Driver(qcow2.Host{Identity: identity}),
 	}
-	return append(formats,
+	all := append(formats,
 		raw.Driver(func(head []byte) string { return block.NewGraph(nil, formats...).ProbeFormat(head) }),
 		hostdev.FileDriver(),
 		hostdev.DeviceDriver(),
+		throttle.Driver(new(throttle.Groups)),
+		copyonread.Driver(),
+		blkdebug.Driver(),
+		blkverify.Driver(),
+		delay.Driver(),
 	)
+	return append(all, null.Drivers()...)
 }
 
 // newGraph returns a graph that can open all that nbdserve can.
