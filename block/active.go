@@ -137,8 +137,12 @@ func (g *Graph) activateSet(ctx context.Context, set []*Node) error {
 			for _, n := range set {
 				n.deactivate()
 			}
+			return err
 		}
-		return err
+		for _, n := range set {
+			n.SizeChanged()
+		}
+		return nil
 	}, set...)
 }
 

@@ -29,6 +29,8 @@ type Driver struct {
 	// that ends in ".*" stands for a list ("children.*": children.0, children.1, ...).
 	// nil: "file" for formats and filters, none for protocols.
 	Children []string
+	// Mutable names the driver's own options that a reopen may change, see [Reopener].
+	Mutable []string
 	// NewOptions returns a pointer to the driver's own options with their defaults.
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens

@@ -24,6 +24,7 @@ type Node struct {
 	prefetcher Prefetcher
 	truncater  Truncater
 	permitter  Permitter
+	debugger   Debugger
 
 	// Read by requests; they change only while the node is drained.
 	config atomic.Pointer[Config] // effective
@@ -69,6 +70,7 @@ func (n *Node) setInstance(inst Instance) {
 	n.prefetcher, _ = inst.(Prefetcher)
 	n.truncater, _ = inst.(Truncater)
 	n.permitter, _ = inst.(Permitter)
+	n.debugger, _ = inst.(Debugger)
 }
 
 // refreshLimits asks the driver for its limits.

@@ -176,7 +176,7 @@ func (o *Opening) probe(ctx context.Context, c *Config, at origin) (*Driver, err
 	var head []byte
 	err = o.graph.look(ctx, o.file, func(ctx context.Context, r *Root) error {
 		head = make([]byte, min(probeSize, r.Size()))
-		return r.ReadAt(ctx, head, 0)
+		return r.edge.ReadAt(ctx, head, 0) // of an inactive file too
 	})
 	if err != nil {
 		return nil, fmt.Errorf("Could not read image for determining its format: %w", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 )
@@ -25,6 +26,15 @@ type RootConfig struct {
 	// loses its permissions while the node is inactive, and gets them back, or the node
 	// stays inactive.
 	AllowInactive func() error
+	// OnResize, if not nil, is called when the size of the root has changed without
+	// its user having done that: its node was replaced, or [Node.SizeChanged] was
+	// called. Look at [Root.Size] for the size. No locks are held; calls may come in
+	// parallel, and one may come late, after the root was detached.
+	OnResize func()
+	// Busy, if not nil, describes what is in flight, the oldest first: "read of 4096
+	// bytes at offset 0 for 12s". It is for the text of a drain that did not finish in
+	// time, may be called at any time before Detach has returned, and must not block.
+	Busy func() []string
 }
 
 // A Root is an edge without a parent node: the point where requests enter the
@@ -50,7 +60,11 @@ type Root struct {
 	state    atomic.Uint64
 	watchers atomic.Int32 // somebody waits on changed
 
+	onResize func()
+	busy     func() []string
+
 	quiesce int   // guarded by Graph.mu
+	known   int64 // size in bytes that the user knows of; guarded by Graph.mu
 	self    *Lane // of Do
 
 	mu      sync.Mutex
@@ -64,13 +78,15 @@ const gateClosed = 1
 // It fails if the permissions conflict with those of other users, naming both. On an
 // inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g, allowInactive: cfg.AllowInactive,
+	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
 	}
 	r.edge.root, r.edge.name, r.edge.role = r, "root", RoleFiltered|RolePrimary
 	r.edge.child.Store(cfg.Node)
+	r.known = r.Size()
 	r.self = r.NewLane(0, nil)
 	err := g.change(ctx, func(t *tx) error {
 		if err := t.claim(r); err != nil {
@@ -279,9 +295,28 @@ func (r *Root) watch(ctx context.Context, done func() bool) error {
 func (r *Root) waitIdle(ctx context.Context) error {
 	err := r.watch(ctx, func() bool { return r.InFlight() == 0 })
 	if err != nil {
-		return fmt.Errorf("%s still has %d requests in flight: %w", r.user, r.InFlight(), err)
+		return fmt.Errorf("%s still has %d requests in flight%s: %w", r.user, r.InFlight(), r.list(), err)
 	}
 	return nil
+}
+
+// most is how many requests in flight an error names.
+const most = 8
+
+// list names what is in flight, for the end of a sentence.
+func (r *Root) list() string {
+	if r.busy == nil {
+		return ""
+	}
+	all := r.busy()
+	if len(all) == 0 {
+		return ""
+	}
+	text := strings.Join(all[:min(len(all), most)], ", ")
+	if len(all) > most {
+		text += fmt.Sprintf(" and %d more", len(all)-most)
+	}
+	return " (" + text + ")"
 }
 
 // inflightOf counts what was admitted in epochs of the parity of epoch.

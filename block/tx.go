@@ -22,6 +22,7 @@ type tx struct {
 	by       *claim   // by whom the change is made, if by a claim
 	perms    permTx
 	quiesced quiesced
+	resized  []*Root // roots that are to be told after a commit
 }
 
 // change runs edit as one transaction. The error is why nothing has changed, or what
@@ -42,6 +43,7 @@ func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error)
 	if err != nil {
 		return err
 	}
+	tellResized(t.resized)
 	var errs []error
 	for _, n := range t.freed {
 		errs = append(errs, g.Release(ctx, n))
@@ -99,12 +101,14 @@ func (t *tx) permissions() error {
 
 func (t *tx) commit() {
 	t.perms.commit()
+	above := ancestors(t.below...)
 	// What lies below was computed before.
-	for _, n := range slices.Backward(ancestors(t.below...)) {
+	for _, n := range slices.Backward(above) {
 		if n.inst != nil {
 			n.refreshLimits()
 		}
 	}
+	t.resized = resizedRoots(above)
 }
 
 func (t *tx) abort() {
