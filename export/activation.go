@@ -189,19 +189,21 @@ func (l *life) sleep() {
 	}
 }
 
-// during runs f in a passing phase. mu is held, but not meanwhile.
-func (l *life) during(p phase, f func(context.Context) error) (took time.Duration, err error) {
+// during runs f in a passing phase, and logs what is done then. mu is held, but not meanwhile.
+func (l *life) during(p phase, f func(context.Context) error, done string) error {
 	l.phase = p
 	l.mu.Unlock()
 	defer l.mu.Lock()
 	began := time.Now()
-	err = f(l.ctx)
-	return time.Since(began).Round(time.Microsecond), err
+	err := f(l.ctx)
+	if err == nil {
+		l.log.Info(done, "took", time.Since(began).Round(time.Microsecond))
+	}
+	return err
 }
 
 func (l *life) activate() {
-	took, err := l.during(activating, l.tree.activate)
-	if err != nil {
+	if err := l.during(activating, l.tree.activate, "activated"); err != nil {
 		l.phase = inactive
 		l.stat.ActivationsFailed++
 		l.answer(err)
@@ -212,24 +214,25 @@ func (l *life) activate() {
 	l.due = time.Now() // if all who waited have gone
 	l.backoff = 0
 	l.answer(nil)
-	l.log.Info("activated", "took", took)
 }
 
 func (l *life) inactivate() {
-	took, err := l.during(inactivating, l.tree.inactivate)
+	err := l.during(inactivating, l.tree.inactivate, "inactivated")
 	if err == nil {
 		l.phase = inactive
 		l.stat.Inactivations++
-		l.log.Info("inactivated", "took", took)
 		return
 	}
 	// The image keeps its locks: what is not stored yet must not get lost.
 	l.phase = active
 	l.stat.InactivationsFailed++
-	l.backoff = min(max(firstBackoff, 2*l.backoff), lastBackoff)
-	l.due = time.Now().Add(l.backoff)
-	l.log.Error("cannot inactivate: the image stays locked", "err", err, "again_in", l.backoff)
+	wait := min(max(firstBackoff, 2*l.backoff), lastBackoff)
+	l.backoff = wait
+	l.due = time.Now().Add(wait)
 	l.answer(nil)
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	l.log.Error("cannot inactivate: the image stays locked", "err", err, "again_in", wait)
 }
 
 // answer gives those who wait a lease, or the reason why not. mu is held.
