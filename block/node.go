@@ -40,6 +40,7 @@ type Node struct {
 	children     []*Edge
 	quiesce      int  // drained sections of the node's own, and children that are drained
 	perm, shared Perm // what the parents hold and share in sum
+	held         kept
 	blockers     []blocker
 	heir         heir // of the parent that opened the node as its child
 

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"errors"
 	"slices"
 	"sync/atomic"
 )
@@ -10,12 +11,20 @@ type atomicPerm struct{ v atomic.Uint32 }
 func (p *atomicPerm) load() Perm   { return Perm(p.v.Load()) }
 func (p *atomicPerm) store(q Perm) { p.v.Store(uint32(q)) }
 
+// errClaimed ends a transaction that waits for a claim and then begins again.
+var errClaimed = errors.New("somebody else changes the node")
+
 // A permTx changes the permissions of the edges below some nodes: check everything,
 // then commit, or abort to exactly what was before (rule G14).
 type permTx struct {
 	edges   []savedEdge
 	checked []*Node // whose Permitter was asked
 	grants  []grant
+	by      *claim // who changes them, if that has a claim
+	busy    *claim // somebody else's, which is in the way
+	// keep has the drivers of the nodes claimed hold on to what they have, beside what is
+	// new, until drop.
+	keep, drop bool
 }
 
 type savedEdge struct {
@@ -26,8 +35,14 @@ type savedEdge struct {
 type grant struct {
 	node         *Node
 	perm, shared Perm
+	held         kept
 	agreed       bool // of the Permitter
 }
+
+// kept is what a driver holds on to beyond what its parents hold and share.
+type kept struct{ perm, unshared Perm }
+
+func (k kept) or(perm, shared Perm) kept { return kept{k.perm | perm, k.unshared | PermAll&^shared} }
 
 func (tx *permTx) set(e *Edge, perm, shared Perm) {
 	tx.edges = append(tx.edges, savedEdge{e, e.perm.load(), e.shared})
@@ -47,9 +62,9 @@ func (tx *permTx) abort() {
 
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
-		g.node.perm, g.node.shared = g.perm, g.shared
+		g.node.perm, g.node.shared, g.node.held = g.perm, g.shared, g.held
 		if g.agreed {
-			g.node.permitter.SetPerm(g.perm, g.shared)
+			g.node.permitter.SetPerm(g.perm|g.held.perm, g.shared&^g.held.unshared)
 		}
 	}
 }
@@ -58,6 +73,9 @@ func (tx *permTx) commit() {
 func (e *Edge) wanted() (perm, shared Perm) {
 	switch {
 	case e.root != nil && e.Node().Active():
+		if e.root.denied != nil {
+			return e.root.perm &^ (PermWrite | PermWriteUnchanged | PermResize), e.root.shared
+		}
 		return e.root.perm, e.root.shared
 	case e.root != nil || !e.parent.Active():
 		return 0, PermAll
@@ -90,21 +108,37 @@ func (tx *permTx) check(n *Node) error {
 		}
 	}
 	perm, shared := n.cumulative()
+	looser := perm&^n.perm == 0 && n.shared&^shared == 0
+	if n.claim != nil && n.claim != tx.by && !looser {
+		// What is granted now might not go with what the node is to become.
+		tx.busy = n.claim
+		return errClaimed
+	}
 	if n.cfg().ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
+		if tx.keep {
+			return refuse(ErrReadOnly, "Read-only block node '%s' cannot support read-write users", n.name)
+		}
 		return refuse(ErrReadOnly, "Block node '%s' is read-only", n.name)
+	}
+	held := n.held
+	switch {
+	case tx.drop:
+		held = kept{}
+	case tx.keep && n.claim == tx.by:
+		held = held.or(n.perm, n.shared)
 	}
 	agreed := n.permitter != nil
 	if agreed {
-		switch err := n.permitter.CheckPerm(perm, shared); {
+		switch err := n.permitter.CheckPerm(perm|held.perm, shared&^held.unshared); {
 		case err == nil:
 			tx.checked = append(tx.checked, n)
-		case perm&^n.perm == 0 && n.shared&^shared == 0:
+		case looser:
 			agreed = false // loosening is never refused: the driver keeps what it has
 		default:
 			return err
 		}
 	}
-	tx.grants = append(tx.grants, grant{n, perm, shared, agreed})
+	tx.grants = append(tx.grants, grant{n, perm, shared, held, agreed})
 	for _, e := range n.children {
 		perm, shared := e.wanted()
 		tx.set(e, perm, shared)

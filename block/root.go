@@ -54,6 +54,7 @@ type Root struct {
 	graph        *Graph
 
 	allowInactive func() error
+	denied        *Node // was made read-only by force: the root may not write. Guarded by Graph.mu
 
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].
@@ -78,16 +79,7 @@ const gateClosed = 1
 // It fails if the permissions conflict with those of other users, naming both. On an
 // inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
-		allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
-		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
-	if cfg.WriteThrough {
-		r.writeFlags = FUA
-	}
-	r.edge.root, r.edge.name, r.edge.role = r, "root", RoleFiltered|RolePrimary
-	r.edge.child.Store(cfg.Node)
-	r.known = r.Size()
-	r.self = r.NewLane(0, nil)
+	r := g.newRoot(cfg)
 	err := g.change(ctx, func(t *tx) error {
 		if err := t.claim(r); err != nil {
 			return err
@@ -98,6 +90,21 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// newRoot is a root that is not linked to its node yet.
+func (g *Graph) newRoot(cfg RootConfig) *Root {
+	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
+		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
+	if cfg.WriteThrough {
+		r.writeFlags = FUA
+	}
+	r.edge.root, r.edge.name, r.edge.role = r, "root", RoleFiltered|RolePrimary
+	r.edge.child.Store(cfg.Node)
+	r.known = r.Size()
+	r.self = r.NewLane(0, nil)
+	return r
 }
 
 // Detach waits until nothing is in flight, flushes if the root could write, and

@@ -19,7 +19,6 @@ type tx struct {
 	below    []*Node  // permissions of these, and limits of those above, are to be computed
 	freed    []*Node  // a reference to each is given back after a commit
 	touched  []*Node  // must not be claimed by others
-	by       *claim   // by whom the change is made, if by a claim
 	perms    permTx
 	quiesced quiesced
 	resized  []*Root // roots that are to be told after a commit
@@ -53,12 +52,15 @@ func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error)
 
 // tryChange does it unless there is a claim in the way, which it returns.
 func (g *Graph) tryChange(by *claim, edit func(t *tx) error) (t *tx, busy *claim, err error) {
-	t = &tx{g: g, by: by}
+	t = &tx{g: g, perms: permTx{by: by}}
 	g.mu.Lock()
 	err = edit(t)
 	busy = t.inTheWay()
 	if err == nil && busy == nil {
 		err = t.permissions()
+	}
+	if t.perms.busy != nil {
+		busy = t.perms.busy
 	}
 	if err != nil || busy != nil {
 		t.abort()
@@ -73,7 +75,7 @@ func (g *Graph) tryChange(by *claim, edit func(t *tx) error) (t *tx, busy *claim
 // inTheWay is somebody else's claim on what the change touches, or nil.
 func (t *tx) inTheWay() *claim {
 	for _, n := range t.touched {
-		if n != nil && n.claim != nil && n.claim != t.by {
+		if n != nil && n.claim != nil && n.claim != t.perms.by {
 			return n.claim
 		}
 	}
