@@ -18,16 +18,18 @@ type Graph struct {
 	log     *slog.Logger
 	drivers map[string]*Driver
 
-	mu    sync.Mutex // guards all below, and the fields of nodes and edges that say so
-	nodes map[string]*Node
-	auto  int // number of the next made-up node name
+	mu      sync.Mutex // guards all below, and the fields of nodes and edges that say so
+	nodes   map[string]*Node
+	auto    int           // number of the next made-up node name
+	quiesce int           // drained sections of all nodes, those to come included
+	ready   chan struct{} // closed and replaced when a node has been opened or closed
 
 	telling sync.WaitGroup // drivers that are told of a drain that was given up
 }
 
 // NewGraph returns an empty graph that can open nodes of the given drivers.
 func NewGraph(log *slog.Logger, drivers ...*Driver) *Graph {
-	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node)}
+	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node), ready: make(chan struct{})}
 	for _, d := range drivers {
 		g.drivers[d.Name] = d
 	}
@@ -101,6 +103,7 @@ func (g *Graph) reserve(n *Node, name string) error {
 		return fmt.Errorf("Duplicate nodes with node-name='%s'", name)
 	}
 	n.name = name
+	n.quiesce = g.quiesce
 	g.nodes[name] = n
 	return nil
 }
@@ -132,7 +135,7 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	if eff.Options == nil && d.NewOptions != nil {
 		eff.Options = d.NewOptions()
 	}
-	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
+	n := &Node{graph: g, driver: d, refs: 1, busy: true, shared: PermAll}
 	n.config.Store(&eff)
 	g.mu.Lock()
 	err := g.reserve(n, cfg.NodeName)
@@ -146,6 +149,8 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	}
 	g.mu.Lock()
 	n.setInstance(inst)
+	n.busy = false
+	g.signalReady()
 	g.mu.Unlock()
 	n.tell(true) // a child may be drained
 	return n, nil
@@ -170,7 +175,8 @@ func (g *Graph) openChild(ctx context.Context, parent *Node, name string, role R
 }
 
 // detach takes e out of the graph, drops its permissions and gives its reference
-// back. Only that can fail: e is gone nevertheless.
+// back. The error is that ctx ended in the wait for another change of the permissions,
+// and e is still there, or what went wrong with closing the node.
 func (g *Graph) detach(ctx context.Context, e *Edge) error {
 	return g.change(ctx, func(t *tx) error {
 		t.unlink(e)
@@ -178,17 +184,30 @@ func (g *Graph) detach(ctx context.Context, e *Edge) error {
 	})
 }
 
-// Release gives a reference back. With the last one the node is flushed and
-// closed, its children released and its name freed. The error is what went wrong
-// in that; the node is gone nevertheless.
+// Release gives a reference back. With the last one the node is flushed and closed,
+// its children released and its name freed. The error is what went wrong in that; the
+// node is gone nevertheless.
+//
+// A node that is drained is closed by the end of the section, because closing it
+// reaches its children. What goes wrong then is logged.
 func (g *Graph) Release(ctx context.Context, n *Node) error {
 	g.mu.Lock()
 	n.refs--
-	last := n.refs == 0
+	closes := n.dead()
+	n.busy = n.busy || closes
 	g.mu.Unlock()
-	if !last {
+	if !closes {
 		return nil
 	}
+	return g.close(ctx, n)
+}
+
+// dead tells whether n is to be closed now. Graph.mu is held.
+func (n *Node) dead() bool { return n.refs == 0 && !n.held() && !n.busy }
+
+// close closes a node that nobody uses, and that is busy from now on.
+func (g *Graph) close(ctx context.Context, n *Node) error {
+	n.resume()
 	var err error
 	if !n.cfg().ReadOnly && !n.cfg().NoIO {
 		err = n.inst.Flush(ctx)
@@ -202,12 +221,20 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 
 // dismantle detaches the children of a closed or never opened node and frees its name.
 func (g *Graph) dismantle(ctx context.Context, n *Node) error {
+	ctx = context.WithoutCancel(ctx)
 	var errs []error
 	for _, e := range slices.Backward(n.Children()) {
 		errs = append(errs, g.detach(ctx, e))
 	}
 	g.mu.Lock()
 	delete(g.nodes, n.name)
+	g.signalReady()
 	g.mu.Unlock()
 	return errors.Join(errs...)
+}
+
+// signalReady wakes those who wait for nodes to be opened or closed. Graph.mu is held.
+func (g *Graph) signalReady() {
+	close(g.ready)
+	g.ready = make(chan struct{})
 }

@@ -29,11 +29,14 @@ type Node struct {
 
 	// Guarded by Graph.mu.
 	refs         int
+	busy         bool // the driver is opening or closing it
 	parents      []*Edge
 	children     []*Edge
-	quiesce      int  // drained sections of the node's own, and children that are drained
+	quiesce      int  // drained sections of the node's own, and children that hold up their parents
+	still        int  // drained sections of the parents only
 	perm, shared Perm // what the parents hold and share in sum
 	blockers     []blocker
+	tx           *tx // that alone may change edges and permissions now; nil: none
 
 	pauseMu sync.Mutex // held while the driver is told of a drain
 	paused  bool       // what it was told last
@@ -129,7 +132,11 @@ func (n *Node) Filename() string {
 	return ""
 }
 
-// Quiesced tells how many drained sections the node is in: its own, and one for each child that is drained.
+// held tells whether the parents are drained. Graph.mu is held.
+func (n *Node) held() bool { return n.quiesce > 0 || n.still > 0 }
+
+// Quiesced tells how many drained sections the node is in: its own, and one for each
+// child whose parents are drained.
 func (n *Node) Quiesced() int {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()

@@ -10,12 +10,11 @@ type atomicPerm struct{ v atomic.Uint32 }
 func (p *atomicPerm) load() Perm   { return Perm(p.v.Load()) }
 func (p *atomicPerm) store(q Perm) { p.v.Store(uint32(q)) }
 
-// A permTx changes the permissions of the edges below some nodes: check everything,
-// then commit, or abort to exactly what was before (rule G14).
+// A permTx changes the permissions of the edges below some nodes (rule G14): check
+// everything, ask the drivers, then commit, or abort to exactly what was before.
 type permTx struct {
-	edges   []savedEdge
-	checked []*Node // whose Permitter was asked
-	grants  []grant
+	edges  []savedEdge // in the order of the changes
+	grants []grant     // parents before children
 }
 
 type savedEdge struct {
@@ -23,10 +22,13 @@ type savedEdge struct {
 	perm, shared Perm
 }
 
+// A grant is what the parents of a node are to hold and share in sum.
 type grant struct {
 	node         *Node
+	permitter    Permitter // nil: nobody is asked
 	perm, shared Perm
-	agreed       bool // of the Permitter
+	loosens      bool // asks for nothing that was not granted before
+	agreed       bool // the permitter has
 }
 
 func (tx *permTx) set(e *Edge, perm, shared Perm) {
@@ -35,22 +37,49 @@ func (tx *permTx) set(e *Edge, perm, shared Perm) {
 	e.shared = shared
 }
 
-func (tx *permTx) abort() {
-	for _, n := range slices.Backward(tx.checked) {
-		n.permitter.AbortPerm()
+// ask asks the drivers, parents first. If one refuses, those that had agreed are told
+// so, in reverse. Graph.mu is not held.
+func (tx *permTx) ask() error {
+	for i := range tx.grants {
+		g := &tx.grants[i]
+		if g.permitter == nil {
+			continue
+		}
+		err := g.permitter.CheckPerm(g.perm, g.shared)
+		switch {
+		case err == nil:
+			g.agreed = true
+		case g.loosens:
+			// Never refused: the driver keeps what it has.
+		default:
+			for _, g := range slices.Backward(tx.grants[:i]) {
+				if g.agreed {
+					g.permitter.AbortPerm()
+				}
+			}
+			return err
+		}
 	}
+	for _, g := range tx.grants {
+		if g.agreed {
+			g.permitter.SetPerm(g.perm, g.shared)
+		}
+	}
+	return nil
+}
+
+// abort puts the permissions back. Graph.mu is held.
+func (tx *permTx) abort() {
 	for _, s := range slices.Backward(tx.edges) {
 		s.edge.perm.store(s.perm)
 		s.edge.shared = s.shared
 	}
 }
 
+// commit notes what the drivers have agreed to. Graph.mu is held.
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
 		g.node.perm, g.node.shared = g.perm, g.shared
-		if g.agreed {
-			g.node.permitter.SetPerm(g.perm, g.shared)
-		}
 	}
 }
 
@@ -73,7 +102,8 @@ func (n *Node) cumulative() (perm, shared Perm) {
 	return perm, shared
 }
 
-// check verifies n's parents against each other and the node, asks the driver, and moves on the edges to n's children.
+// check verifies n's parents against each other and the node, and moves on to the
+// edges to its children. Graph.mu is held.
 func (tx *permTx) check(n *Node) error {
 	for _, a := range n.parents {
 		for _, b := range n.parents {
@@ -90,18 +120,11 @@ func (tx *permTx) check(n *Node) error {
 	if n.cfg().ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
 		return refuse(ErrReadOnly, "Block node '%s' is read-only", n.name)
 	}
-	agreed := n.permitter != nil
-	if agreed {
-		switch err := n.permitter.CheckPerm(perm, shared); {
-		case err == nil:
-			tx.checked = append(tx.checked, n)
-		case perm&^n.perm == 0 && n.shared&^shared == 0:
-			agreed = false // loosening is never refused: the driver keeps what it has
-		default:
-			return err
-		}
+	g := grant{node: n, perm: perm, shared: shared, loosens: perm&^n.perm == 0 && n.shared&^shared == 0}
+	if !n.busy {
+		g.permitter = n.permitter
 	}
-	tx.grants = append(tx.grants, grant{n, perm, shared, agreed})
+	tx.grants = append(tx.grants, g)
 	for _, e := range n.children {
 		perm, shared := e.wanted()
 		tx.set(e, perm, shared)

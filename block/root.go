@@ -82,16 +82,19 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 }
 
 // Detach waits until nothing is in flight, flushes if the root could write, and
-// takes the root away. ctx bounds the wait only; if it ends, the root stays.
+// takes the root away. ctx bounds the wait only, also that for the end of a drained
+// section before the flush; if it ends, the root stays and the error wraps ctx's.
 func (r *Root) Detach(ctx context.Context) error {
 	if err := r.waitIdle(ctx); err != nil {
 		return err
 	}
-	var err error
+	var flushed error
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		err = r.edge.Flush(ctx)
+		if err := r.Do(ctx, func(ctx context.Context) error { flushed = r.edge.Flush(ctx); return nil }); err != nil {
+			return err
+		}
 	}
-	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+	return errors.Join(flushed, r.graph.detach(ctx, &r.edge))
 }
 
 // Node is the node below the root.

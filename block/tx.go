@@ -9,43 +9,92 @@ import (
 
 // A tx is a change of the graph: edges are linked, unlinked and moved, then the
 // permissions of everything below are checked, and all of it is committed, or undone
-// to exactly the graph before. Graph.mu is held from the first edit to the end.
+// to exactly the graph before.
 //
 // Edges that requests may be passing move or go only while their parents are drained.
+//
+// Graph.mu is not held while drivers are asked for their consent, which may take long
+// (file locks). Until then the transaction has claimed the nodes whose edges and
+// permissions it reads or changes; another one that needs one of these waits for its
+// end. Only readers of the graph may see a change that is undone afterwards.
 type tx struct {
 	g        *Graph
 	undo     []func() // in the order of the edits
 	edges    []*Edge  // new or moved: their permissions are to be computed
-	below    []*Node  // permissions of these, and limits of those above, are to be computed
+	below    []*Node  // permissions of these are to be computed
+	parents  []*Node  // whose lists of children have changed
 	freed    []*Node  // a reference to each is given back after a commit
+	taken    []*Node  // a reference to each is given back after an abort
 	perms    permTx
 	quiesced quiesced
-	resized  []*Root // roots that are to be told after a commit
+	resized  []*Root       // roots that are to be told after a commit
+	claimed  []*Node       // whose Node.tx is this one
+	done     chan struct{} // closed when the claims end
 }
 
-// change runs edit as one transaction. The error is why nothing has changed, or what
-// went wrong with closing nodes that nobody uses any more.
+// change runs edit as one transaction. edit makes its edits through t, with Graph.mu
+// held; it must have no other effect that onAbort does not undo, because it is run
+// again after a wait for another transaction. ctx bounds that wait. The error is why
+// nothing has changed, or what went wrong with closing nodes that nobody uses any more.
 func (g *Graph) change(ctx context.Context, edit func(t *tx) error) error {
-	t := &tx{g: g}
-	g.mu.Lock()
-	err := edit(t)
+	for {
+		t := &tx{g: g}
+		other, err := t.prepare(edit)
+		if other == nil {
+			if err == nil {
+				err = t.perms.ask()
+				t.end(err)
+			}
+			g.settle(&t.quiesced)
+			return t.clear(ctx, err)
+		}
+		g.settle(&t.quiesced)
+		if err := t.clear(ctx, nil); err != nil {
+			return err
+		}
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return fmt.Errorf("another change of the graph does not end: %w", ctx.Err())
+		}
+	}
+}
+
+// prepare makes the edits and computes the permissions. If that fails, or another
+// transaction, whose end it returns, is at work on one of the nodes, all is undone.
+func (t *tx) prepare(edit func(t *tx) error) (other <-chan struct{}, err error) {
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
+	err = edit(t)
 	if err == nil {
+		other = t.claim()
+	}
+	if err == nil && other == nil {
 		err = t.permissions()
 	}
+	if err != nil || other != nil {
+		t.abort()
+	}
+	return other, err
+}
+
+// end commits, or undoes all if err is not nil.
+func (t *tx) end(err error) {
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
 	if err != nil {
 		t.abort()
 	} else {
 		t.commit()
 	}
-	g.mu.Unlock()
-	g.settle(&t.quiesced)
-	if err != nil {
-		return err
-	}
+}
+
+// clear does without locks what is left after the end, which err tells.
+func (t *tx) clear(ctx context.Context, err error) error {
 	tellResized(t.resized)
-	var errs []error
+	errs := []error{err}
 	for _, n := range t.freed {
-		errs = append(errs, g.Release(ctx, n))
+		errs = append(errs, t.g.Release(ctx, n))
 	}
 	return errors.Join(errs...)
 }
@@ -55,6 +104,32 @@ func (t *tx) onAbort(f func()) { t.undo = append(t.undo, f) }
 
 // recheck has the permissions below n computed, because what n is has changed.
 func (t *tx) recheck(n *Node) { t.below = append(t.below, n) }
+
+// claim takes the nodes for the transaction, or returns the end of one that has one
+// of them.
+func (t *tx) claim() (other <-chan struct{}) {
+	scope := slices.Concat(topological(t.below...), t.parents)
+	for _, n := range scope {
+		if n.tx != nil {
+			return n.tx.done
+		}
+	}
+	t.done = make(chan struct{})
+	for _, n := range scope {
+		n.tx = t
+	}
+	t.claimed = scope
+	return nil
+}
+
+func (t *tx) unclaim() {
+	for _, n := range t.claimed {
+		n.tx = nil
+	}
+	if t.done != nil {
+		close(t.done)
+	}
+}
 
 func (t *tx) permissions() error {
 	for _, e := range t.edges {
@@ -71,14 +146,15 @@ func (t *tx) permissions() error {
 
 func (t *tx) commit() {
 	t.perms.commit()
-	above := ancestors(t.below...)
+	above := ancestors(slices.Concat(t.below, t.parents)...)
 	// What lies below was computed before.
 	for _, n := range slices.Backward(above) {
-		if n.inst != nil {
+		if !n.busy {
 			n.refreshLimits()
 		}
 	}
 	t.resized = resizedRoots(above)
+	t.unclaim()
 }
 
 func (t *tx) abort() {
@@ -86,16 +162,8 @@ func (t *tx) abort() {
 	for _, f := range slices.Backward(t.undo) {
 		f()
 	}
-}
-
-// save notes the lists of edges around e, to be put back on abort.
-func (t *tx) save(e *Edge, child *Node) {
-	parents := slices.Clone(child.parents)
-	t.onAbort(func() { child.parents = parents })
-	if p := e.parent; p != nil {
-		children, cow := slices.Clone(p.children), p.cow.Load()
-		t.onAbort(func() { p.children = children; p.cow.Store(cow) })
-	}
+	t.freed = t.taken
+	t.unclaim()
 }
 
 // link adds e, whose fields are set, with a reference of its own to the child.
@@ -103,33 +171,22 @@ func (t *tx) link(e *Edge) error {
 	if err := t.mayLink(e, e.Node()); err != nil {
 		return err
 	}
-	child := e.Node()
-	t.save(e, child)
 	if p := e.parent; p != nil {
-		p.children = append(p.children, e)
-		if e.role&RoleCOW != 0 {
-			p.cow.Store(e)
-		}
+		t.addChild(e, len(p.children))
+		t.onAbort(func() { t.dropChild(e) })
 	}
-	t.enter(e, child)
+	t.enter(e, e.Node())
 	t.edges = append(t.edges, e)
 	return nil
 }
 
 // unlink takes e away and gives its reference back.
 func (t *tx) unlink(e *Edge) {
-	child := e.Node()
-	t.save(e, child)
-	if p := e.parent; p != nil {
-		p.children = slices.DeleteFunc(slices.Clone(p.children), func(o *Edge) bool { return o == e })
-		if p.cow.Load() == e {
-			p.cow.Store(nil)
-		}
-	}
-	t.leave(e, child)
 	if e.parent != nil {
-		t.below = append(t.below, e.parent)
+		at := t.dropChild(e)
+		t.onAbort(func() { t.addChild(e, at) })
 	}
+	t.leave(e, e.Node())
 }
 
 // move makes e lead to another child. Its place in the parent's list stays.
@@ -141,38 +198,74 @@ func (t *tx) move(e *Edge, to *Node) error {
 	if err := t.mayLink(e, to); err != nil {
 		return err
 	}
-	t.save(e, from)
-	t.save(e, to)
 	// The new child first: a gate that both close must not open between.
 	t.enter(e, to)
 	t.leave(e, from)
 	e.child.Store(to)
 	t.onAbort(func() { e.child.Store(from) })
 	t.edges = append(t.edges, e)
+	if e.parent != nil {
+		t.parents = append(t.parents, e.parent)
+	}
 	return nil
 }
 
 // enter makes e one of the parents of child.
 func (t *tx) enter(e *Edge, child *Node) {
-	child.parents = append(child.parents[:len(child.parents):len(child.parents)], e)
+	t.addParent(e, child, len(child.parents))
 	child.refs++
-	t.onAbort(func() { child.refs-- })
-	if child.quiesce > 0 {
-		t.quiesced.closeParent(e)
-		t.onAbort(func() { t.quiesced.openParent(e) })
-	}
+	t.onAbort(func() {
+		t.dropParent(e, child)
+		t.taken = append(t.taken, child)
+	})
 	t.below = append(t.below, child)
 }
 
 // leave takes e out of the parents of child.
 func (t *tx) leave(e *Edge, child *Node) {
-	child.parents = slices.DeleteFunc(slices.Clone(child.parents), func(o *Edge) bool { return o == e })
+	at := t.dropParent(e, child)
+	t.onAbort(func() { t.addParent(e, child, at) })
 	t.freed = append(t.freed, child)
-	if child.quiesce > 0 {
-		t.quiesced.openParent(e)
-		t.onAbort(func() { t.quiesced.closeParent(e) })
-	}
 	t.below = append(t.below, child)
+}
+
+// addParent puts e into the list of child's parents, as number at. A drain of child
+// reaches up through it from now on.
+func (t *tx) addParent(e *Edge, child *Node, at int) {
+	child.parents = slices.Insert(child.parents, at, e)
+	if child.held() {
+		t.quiesced.closeParent(e)
+	}
+}
+
+// dropParent undoes addParent, and tells which number e was.
+func (t *tx) dropParent(e *Edge, child *Node) (at int) {
+	at = slices.Index(child.parents, e)
+	child.parents = slices.Delete(child.parents, at, at+1)
+	if child.held() {
+		t.quiesced.openParent(e)
+	}
+	return at
+}
+
+// addChild puts e into the list of its parent's children, as number at.
+func (t *tx) addChild(e *Edge, at int) {
+	p := e.parent
+	p.children = slices.Insert(p.children, at, e)
+	if e.role&RoleCOW != 0 {
+		p.cow.Store(e)
+	}
+	t.parents = append(t.parents, p)
+}
+
+// dropChild undoes addChild, and tells which number e was.
+func (t *tx) dropChild(e *Edge) (at int) {
+	p := e.parent
+	at = slices.Index(p.children, e)
+	p.children = slices.Delete(p.children, at, at+1)
+	p.cow.CompareAndSwap(e, nil)
+	t.parents = append(t.parents, p)
+	return at
 }
 
 // mayLink tells why e must not lead to child.
@@ -182,7 +275,7 @@ func (t *tx) mayLink(e *Edge, child *Node) error {
 		return nil
 	}
 	if p == child || child.reaches(p) {
-		return fmt.Errorf("Making '%s' a %s child of '%s' would create a cycle", child.name, e.name, p.name)
+		return refuse(ErrInvalid, "Making '%s' a %s child of '%s' would create a cycle", child.name, e.name, p.name)
 	}
 	return nil
 }
