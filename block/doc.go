@@ -33,5 +33,5 @@
 // Graph.mu is never taken by a request, and never held across anything that may
 // wait for a disk, a lock or another process: drivers are opened, closed, drained and
 // asked for permissions without it. A transaction that asks for permissions has
-// claimed the nodes concerned (see tx.go), so that only changes of these wait for it.
+// occupied the nodes concerned (see tx.go), so that only changes of these wait for it.
 package block

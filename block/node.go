@@ -106,7 +106,14 @@ func (n *Node) Children() []*Edge {
 
 // Child returns the edge called name, or nil.
 func (n *Node) Child(name string) *Edge {
-	for _, e := range n.Children() {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.child(name)
+}
+
+// child is Child. Graph.mu is held.
+func (n *Node) child(name string) *Edge {
+	for _, e := range n.children {
 		if e.name == name {
 			return e
 		}

@@ -17,6 +17,9 @@ type RootConfig struct {
 	Shared Perm // what others may hold meanwhile
 	// WriteThrough makes every write durable before it returns.
 	WriteThrough bool
+	// StayAtNode: when the node is replaced, the root stays, because it is about this
+	// very node (a job).
+	StayAtNode bool
 	// OnResize, if not nil, is called when the size of the root has changed without
 	// its user having done that: its node was replaced, or [Node.SizeChanged] was
 	// called. Look at [Root.Size] for the size. No locks are held; calls may come in
@@ -49,6 +52,7 @@ type Root struct {
 	state    atomic.Uint64
 	watchers atomic.Int32 // somebody waits on changed
 
+	stays    bool
 	onResize func()
 	busy     func() []string
 
@@ -66,7 +70,8 @@ const gateClosed = 1
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
 // It fails if the permissions conflict with those of other users, naming both.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g, onResize: cfg.OnResize, busy: cfg.Busy,
+	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		stays: cfg.StayAtNode, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA

@@ -14,12 +14,13 @@ import (
 // Edges that requests may be passing move or go only while their parents are drained.
 //
 // Graph.mu is not held while drivers are asked for their consent, which may take long
-// (file locks). Until then the transaction has claimed the nodes whose edges and
+// (file locks). Until then the transaction has occupied the nodes whose edges and
 // permissions it reads or changes; another one that needs one of these waits for its
 // end. Only readers of the graph may see a change that is undone afterwards.
 type tx struct {
 	g        *Graph
 	undo     []func() // in the order of the edits
+	done     []func() // to be called after a commit
 	edges    []*Edge  // new or moved: their permissions are to be computed
 	below    []*Node  // permissions of these are to be computed
 	parents  []*Node  // whose lists of children have changed
@@ -28,8 +29,8 @@ type tx struct {
 	perms    permTx
 	quiesced quiesced
 	resized  []*Root       // roots that are to be told after a commit
-	claimed  []*Node       // whose Node.tx is this one
-	done     chan struct{} // closed when the claims end
+	occupied []*Node       // whose Node.tx is this one
+	free     chan struct{} // closed when they are free again
 }
 
 // change runs edit as one transaction. edit makes its edits through t, with Graph.mu
@@ -67,7 +68,7 @@ func (t *tx) prepare(edit func(t *tx) error) (other <-chan struct{}, err error) 
 	defer t.g.mu.Unlock()
 	err = edit(t)
 	if err == nil {
-		other = t.claim()
+		other = t.occupy()
 	}
 	if err == nil && other == nil {
 		err = t.permissions()
@@ -102,32 +103,35 @@ func (t *tx) clear(ctx context.Context, err error) error {
 // onAbort has f called if the transaction fails, later ones first.
 func (t *tx) onAbort(f func()) { t.undo = append(t.undo, f) }
 
+// onCommit has f called, with Graph.mu held, when the transaction has succeeded.
+func (t *tx) onCommit(f func()) { t.done = append(t.done, f) }
+
 // recheck has the permissions below n computed, because what n is has changed.
 func (t *tx) recheck(n *Node) { t.below = append(t.below, n) }
 
-// claim takes the nodes for the transaction, or returns the end of one that has one
+// occupy takes the nodes for the transaction, or returns the end of one that has one
 // of them.
-func (t *tx) claim() (other <-chan struct{}) {
+func (t *tx) occupy() (other <-chan struct{}) {
 	scope := slices.Concat(topological(t.below...), t.parents)
 	for _, n := range scope {
 		if n.tx != nil {
-			return n.tx.done
+			return n.tx.free
 		}
 	}
-	t.done = make(chan struct{})
+	t.free = make(chan struct{})
 	for _, n := range scope {
 		n.tx = t
 	}
-	t.claimed = scope
+	t.occupied = scope
 	return nil
 }
 
-func (t *tx) unclaim() {
-	for _, n := range t.claimed {
+func (t *tx) vacate() {
+	for _, n := range t.occupied {
 		n.tx = nil
 	}
-	if t.done != nil {
-		close(t.done)
+	if t.free != nil {
+		close(t.free)
 	}
 }
 
@@ -146,6 +150,9 @@ func (t *tx) permissions() error {
 
 func (t *tx) commit() {
 	t.perms.commit()
+	for _, f := range t.done {
+		f()
+	}
 	above := ancestors(slices.Concat(t.below, t.parents)...)
 	// What lies below was computed before.
 	for _, n := range slices.Backward(above) {
@@ -154,7 +161,7 @@ func (t *tx) commit() {
 		}
 	}
 	t.resized = resizedRoots(above)
-	t.unclaim()
+	t.vacate()
 }
 
 func (t *tx) abort() {
@@ -163,7 +170,7 @@ func (t *tx) abort() {
 		f()
 	}
 	t.freed = t.taken
-	t.unclaim()
+	t.vacate()
 }
 
 // link adds e, whose fields are set, with a reference of its own to the child.

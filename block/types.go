@@ -230,13 +230,14 @@ type BackingChanger interface {
 	ChangeBackingFile(ctx context.Context, name, format string) error
 }
 
-// A ChildAdder takes any number of children of one kind (quorum).
+// A ChildAdder takes any number of children of one kind (quorum). Its methods are
+// called with the graph's lock held and nothing in flight; they must not use the graph.
 type ChildAdder interface {
-	// NewChild says as what another child would be taken.
+	// NewChild says as what another child would be taken. It may be asked in vain.
 	NewChild(child *Node) (name string, role Role, err error)
 	// MayRemove returns an error that says why e must stay.
 	MayRemove(e *Edge) error
-	// ChildrenChanged is called after a child was added or removed, with nothing in flight.
+	// ChildrenChanged is called after a child was added or removed. The list is the driver's.
 	ChildrenChanged(children []*Edge)
 }
 
