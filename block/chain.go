@@ -1,9 +1,6 @@
 package block
 
-import (
-	"slices"
-	"strings"
-)
+import "slices"
 
 // The backing chain (rule G33): from a node down by the edges to backing nodes, and
 // through filters.
@@ -87,49 +84,35 @@ func (n *Node) Overlay(base *Node) *Node {
 }
 
 // FindBacking finds the image below n in its backing chain that goes by name: the
-// name in an overlay's header, or the name of its file. A name with a protocol is
-// compared as it is, a relative path is relative to the overlay. resolve makes a path
-// canonical, "" if there is no such file; nil leaves paths as they are.
+// name in an overlay's header, or the name of its file. A name that states a protocol
+// is compared as it is, a relative path is relative to the overlay. resolve makes a
+// path canonical, "" if there is no such file; nil leaves paths as they are.
 func (n *Node) FindBacking(name string, resolve func(path string) string) *Node {
 	if resolve == nil {
 		resolve = func(path string) string { return path }
 	}
 	images := n.Images()
 	for i, below := range images[1:] {
-		overlay, file := images[i], below.Filename()
-		header := ""
+		overlay, file, header := images[i], below.Filename(), ""
 		if c, ok := overlay.inst.(BackingChanger); ok {
 			header, _ = c.BackingFile()
 		}
 		if name == file || name == header && samePath(overlay, header, file, resolve) ||
-			!protocolName(name) && samePath(overlay, name, file, resolve) {
+			!statesProtocol(name) && samePath(overlay, name, file, resolve) {
 			return below
 		}
 	}
 	return nil
 }
 
-// samePath tells whether name, as seen from the image of overlay, is file.
+// samePath tells whether a name in the header of overlay would be that of file.
 func samePath(overlay *Node, name, file string, resolve func(string) string) bool {
-	name = strings.TrimPrefix(name, "file:")
-	if file == "" || protocolName(name) || protocolName(file) {
-		return name == file
+	full, err := overlay.BackingName(name)
+	if err != nil || full == "" || statesProtocol(full) || statesProtocol(file) {
+		return full == file
 	}
-	if !strings.HasPrefix(name, "/") {
-		own := overlay.Filename()
-		if own == "" || protocolName(own) {
-			return false
-		}
-		name = own[:strings.LastIndexByte(own, '/')+1] + name
-	}
-	path := resolve(name)
+	path := resolve(full)
 	return path != "" && path == resolve(file)
-}
-
-// protocolName tells whether a name starts with a protocol and not a path (rule G6).
-func protocolName(name string) bool {
-	first, _, _ := strings.Cut(name, "/")
-	return strings.Contains(first, ":")
 }
 
 // Freeze keeps the links from top down its backing chain to base as they are, until

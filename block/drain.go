@@ -104,9 +104,9 @@ func (g *Graph) finishDrain(ctx context.Context, nodes []*Node, undo func()) err
 	g.mu.Unlock()
 	err := g.pause(ctx, working)
 	for _, r := range roots {
-		err = join(err, r.waitIdle(ctx)) // after the end of ctx, it tells who is busy
+		err = both(err, r.waitIdle(ctx)) // after the end of ctx, it tells who is busy
 	}
-	err = join(err, g.waitReady(ctx, nodes))
+	err = both(err, g.waitReady(ctx, nodes))
 	if err == nil {
 		return nil
 	}
@@ -114,7 +114,7 @@ func (g *Graph) finishDrain(ctx context.Context, nodes []*Node, undo func()) err
 	return fmt.Errorf("drain of %s did not finish: %w", nodeList(nodes), err)
 }
 
-func join(err, more error) error {
+func both(err, more error) error {
 	switch {
 	case err == nil:
 		return more
@@ -129,7 +129,7 @@ func (g *Graph) waitReady(ctx context.Context, nodes []*Node) error {
 	for {
 		g.mu.Lock()
 		above, ready := ancestors(nodes...), g.ready
-		i := slices.IndexFunc(above, func(n *Node) bool { return n.busy })
+		i := slices.IndexFunc(above, func(n *Node) bool { return n.busy && !n.waiting })
 		g.mu.Unlock()
 		if i < 0 {
 			return nil

@@ -196,7 +196,7 @@ func (t *tx) setChild(n *Node, name string, child *Node) error {
 // that the users need.
 func (g *Graph) DropIntermediate(ctx context.Context, top, base *Node, backingName, backingFormat string) error {
 	if backingName == "" {
-		backingName, backingFormat = base.backingName()
+		backingName, backingFormat = base.headerName()
 	}
 	check := func() error {
 		if top == base || !slices.Contains(top.chain(), base) {
@@ -242,8 +242,8 @@ func (g *Graph) DropIntermediate(ctx context.Context, top, base *Node, backingNa
 	}, top)
 }
 
-// backingName is what the header of an overlay of n names: file and format.
-func (n *Node) backingName() (name, format string) {
+// headerName is what the header of an overlay of n says: file and format.
+func (n *Node) headerName() (name, format string) {
 	n = n.SkipFilters()
 	format = n.driver.Name
 	if n.driver.Kind == Protocol {

@@ -11,7 +11,10 @@ import (
 
 // RootConfig describes a root.
 type RootConfig struct {
-	User   string // who it is, for error texts: "export 'disk0'"
+	User string // who it is, for error texts: "export 'disk0'"
+	// ID is a name by which the node below can be referred to, "" for none. Nodes and
+	// roots have one space of names.
+	ID     string
 	Node   *Node
 	Perm   Perm // what the user needs
 	Shared Perm // what others may hold meanwhile
@@ -20,6 +23,12 @@ type RootConfig struct {
 	// StayAtNode: when the node is replaced, the root stays, because it is about this
 	// very node (a job).
 	StayAtNode bool
+	// AllowInactive is asked before the node becomes inactive; an error says why it
+	// must not. nil: the root never allows it. It may be called in parallel and more
+	// than once, must not block, and must not wait for a call of the graph. The root
+	// loses its permissions while the node is inactive, and gets them back, or the node
+	// stays inactive.
+	AllowInactive func() error
 	// OnResize, if not nil, is called when the size of the root has changed without
 	// its user having done that: its node was replaced, or [Node.SizeChanged] was
 	// called. Look at [Root.Size] for the size. No locks are held; calls may come in
@@ -42,10 +51,12 @@ type RootConfig struct {
 // there is refused with [ErrReadOnly].
 type Root struct {
 	edge         Edge
-	user         string
+	user, id     string
 	perm, shared Perm
 	writeFlags   ReqFlags // added to each write
 	graph        *Graph
+
+	allowInactive func() error
 
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].
@@ -68,10 +79,11 @@ type Root struct {
 const gateClosed = 1
 
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
-// It fails if the permissions conflict with those of other users, naming both.
+// It fails if the permissions conflict with those of other users, naming both. On an
+// inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g,
-		stays: cfg.StayAtNode, onResize: cfg.OnResize, busy: cfg.Busy,
+	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		stays: cfg.StayAtNode, allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
@@ -80,7 +92,13 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 	r.edge.child.Store(cfg.Node)
 	r.known = r.Size()
 	r.self = r.NewLane(0, nil)
-	if err := g.change(ctx, func(t *tx) error { return t.link(&r.edge) }); err != nil {
+	err := g.change(ctx, func(t *tx) error {
+		if err := t.claim(r); err != nil {
+			return err
+		}
+		return t.link(&r.edge)
+	})
+	if err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -95,11 +113,42 @@ func (r *Root) Detach(ctx context.Context) error {
 	}
 	var flushed error
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		if err := r.Do(ctx, func(ctx context.Context) error { flushed = r.edge.Flush(ctx); return nil }); err != nil {
+		err := r.Do(ctx, func(ctx context.Context) error {
+			if r.Node().Active() { // else it was flushed then
+				flushed = r.edge.Flush(ctx)
+			}
+			return nil
+		})
+		if err != nil {
 			return err
 		}
 	}
 	return errors.Join(flushed, r.graph.detach(ctx, &r.edge))
+}
+
+// mayUse tells why the root cannot be on top of n as far as activity goes.
+func (r *Root) mayUse(n *Node) error {
+	if more := r.perm &^ PermConsistentRead; more != 0 && !n.Active() && r.allowInactive == nil {
+		return refuse(ErrInactive, "Permission '%s' unavailable on inactive node", more)
+	}
+	return nil
+}
+
+// claim enters r's id, if it has one.
+func (t *tx) claim(r *Root) error {
+	switch ids := t.g.ids; {
+	case r.id == "":
+	case len(r.id) > maxNodeName || !nodeName.MatchString(r.id):
+		return refuse(ErrInvalid, "Invalid device name '%s'", r.id)
+	case ids[r.id] != nil:
+		return refuse(ErrBusy, "Device with id '%s' already exists", r.id)
+	case t.g.nodes[r.id] != nil:
+		return refuse(ErrBusy, "Device name '%s' conflicts with an existing node name", r.id)
+	default:
+		ids[r.id] = r
+		t.onAbort(func() { delete(ids, r.id) })
+	}
+	return nil
 }
 
 // Node is the node below the root.

@@ -23,9 +23,10 @@ type tx struct {
 	done     []func() // to be called after a commit
 	edges    []*Edge  // new or moved: their permissions are to be computed
 	below    []*Node  // permissions of these are to be computed
-	parents  []*Node  // whose lists of children have changed
 	freed    []*Node  // a reference to each is given back after a commit
 	taken    []*Node  // a reference to each is given back after an abort
+	touched  []*Node  // whose users or children change; must not be claimed by others
+	by       *claim   // by whom the change is made, if by a claim
 	perms    permTx
 	quiesced quiesced
 	resized  []*Root       // roots that are to be told after a commit
@@ -35,46 +36,52 @@ type tx struct {
 
 // change runs edit as one transaction. edit makes its edits through t, with Graph.mu
 // held; it must have no other effect that onAbort does not undo, because it is run
-// again after a wait for another transaction. ctx bounds that wait. The error is why
-// nothing has changed, or what went wrong with closing nodes that nobody uses any more.
+// again after a wait for another transaction, or for the end of somebody else's claim
+// on what is linked or moved. ctx bounds that wait. The error is why nothing has
+// changed, or what went wrong with closing nodes that nobody uses any more.
 func (g *Graph) change(ctx context.Context, edit func(t *tx) error) error {
+	return g.changeBy(ctx, nil, edit)
+}
+
+// changeBy is change on behalf of a claim.
+func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error) error {
 	for {
-		t := &tx{g: g}
+		t := &tx{g: g, by: by}
 		other, err := t.prepare(edit)
-		if other == nil {
-			if err == nil {
-				err = t.perms.ask()
-				t.end(err)
-			}
-			g.settle(&t.quiesced)
-			return t.clear(ctx, err)
+		if err == nil && other == nil {
+			err = t.perms.ask()
+			t.end(err)
 		}
 		g.settle(&t.quiesced)
-		if err := t.clear(ctx, nil); err != nil {
+		if err := t.clear(ctx, err); err != nil || other == nil {
 			return err
 		}
-		select {
-		case <-other:
-		case <-ctx.Done():
-			return fmt.Errorf("another change of the graph does not end: %w", ctx.Err())
+		if err := other.wait(ctx); err != nil {
+			return err
 		}
 	}
 }
 
-// prepare makes the edits and computes the permissions. If that fails, or another
-// transaction, whose end it returns, is at work on one of the nodes, all is undone.
-func (t *tx) prepare(edit func(t *tx) error) (other <-chan struct{}, err error) {
+// prepare makes the edits and computes the permissions. If that fails, or somebody
+// else, who is returned, is at work on one of the nodes, all is undone.
+func (t *tx) prepare(edit func(t *tx) error) (other waiter, err error) {
 	t.g.mu.Lock()
 	defer t.g.mu.Unlock()
 	err = edit(t)
-	if err == nil {
-		other = t.occupy()
-	}
-	if err == nil && other == nil {
+	if other = t.inTheWay(err == nil); other != nil {
+		err = nil // it may be due to what they are doing
+	} else if err == nil {
+		t.occupy()
 		err = t.permissions()
 	}
 	if err != nil || other != nil {
 		t.abort()
+	}
+	for _, n := range t.touched {
+		n.waiting = other != nil
+	}
+	if other != nil {
+		t.g.signalReady()
 	}
 	return other, err
 }
@@ -106,24 +113,60 @@ func (t *tx) onAbort(f func()) { t.undo = append(t.undo, f) }
 // onCommit has f called, with Graph.mu held, when the transaction has succeeded.
 func (t *tx) onCommit(f func()) { t.done = append(t.done, f) }
 
+// touch notes nodes, nil for none, whose lists of edges change.
+func (t *tx) touch(nodes ...*Node) {
+	for _, n := range nodes {
+		if n != nil {
+			t.touched = append(t.touched, n)
+		}
+	}
+}
+
 // recheck has the permissions below n computed, because what n is has changed.
 func (t *tx) recheck(n *Node) { t.below = append(t.below, n) }
 
-// occupy takes the nodes for the transaction, or returns the end of one that has one
-// of them.
-func (t *tx) occupy() (other <-chan struct{}) {
-	scope := slices.Concat(topological(t.below...), t.parents)
-	for _, n := range scope {
-		if n.tx != nil {
-			return n.tx.free
+// A waiter is somebody at work on nodes.
+type waiter interface {
+	wait(ctx context.Context) error // for the end of that
+}
+
+// inTheWay returns who else is at work on what the change touches and, if deep says
+// so, on what has its permissions computed; nil for nobody.
+func (t *tx) inTheWay(deep bool) waiter {
+	for _, n := range t.touched {
+		switch {
+		case n.claim != nil && n.claim != t.by:
+			return n.claim
+		case n.tx != nil:
+			return n.tx
 		}
 	}
+	if deep {
+		for _, n := range topological(t.below...) {
+			if n.tx != nil {
+				return n.tx
+			}
+		}
+	}
+	return nil
+}
+
+func (t *tx) wait(ctx context.Context) error {
+	select {
+	case <-t.free:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("another change of node '%s' did not end: %w", t.occupied[0].name, ctx.Err())
+	}
+}
+
+// occupy takes the nodes that the transaction reads or changes.
+func (t *tx) occupy() {
 	t.free = make(chan struct{})
-	for _, n := range scope {
+	t.occupied = slices.Concat(topological(t.below...), t.touched)
+	for _, n := range t.occupied {
 		n.tx = t
 	}
-	t.occupied = scope
-	return nil
 }
 
 func (t *tx) vacate() {
@@ -153,7 +196,7 @@ func (t *tx) commit() {
 	for _, f := range t.done {
 		f()
 	}
-	above := ancestors(slices.Concat(t.below, t.parents)...)
+	above := ancestors(slices.Concat(t.below, t.touched)...)
 	// What lies below was computed before.
 	for _, n := range slices.Backward(above) {
 		if !n.busy {
@@ -175,6 +218,7 @@ func (t *tx) abort() {
 
 // link adds e, whose fields are set, with a reference of its own to the child.
 func (t *tx) link(e *Edge) error {
+	t.touch(e.parent, e.Node())
 	if err := t.mayLink(e, e.Node()); err != nil {
 		return err
 	}
@@ -189,6 +233,7 @@ func (t *tx) link(e *Edge) error {
 
 // unlink takes e away and gives its reference back.
 func (t *tx) unlink(e *Edge) {
+	t.touch(e.parent) // a user of a claimed child may leave
 	if e.parent != nil {
 		at := t.dropChild(e)
 		t.onAbort(func() { t.addChild(e, at) })
@@ -199,8 +244,15 @@ func (t *tx) unlink(e *Edge) {
 // move makes e lead to another child. Its place in the parent's list stays.
 func (t *tx) move(e *Edge, to *Node) error {
 	from := e.Node()
+	if e.parent != nil && e.parent.busy {
+		return refuse(ErrBusy, "Node '%s' is being opened or closed", e.parent.name)
+	}
+	t.touch(e.parent, from, to)
 	if err := e.mayChange(); err != nil {
 		return err
+	}
+	if e.root != nil && from.Active() && !to.Active() {
+		return mixed(e, to)
 	}
 	if err := t.mayLink(e, to); err != nil {
 		return err
@@ -211,9 +263,6 @@ func (t *tx) move(e *Edge, to *Node) error {
 	e.child.Store(to)
 	t.onAbort(func() { e.child.Store(from) })
 	t.edges = append(t.edges, e)
-	if e.parent != nil {
-		t.parents = append(t.parents, e.parent)
-	}
 	return nil
 }
 
@@ -262,7 +311,6 @@ func (t *tx) addChild(e *Edge, at int) {
 	if e.role&RoleCOW != 0 {
 		p.cow.Store(e)
 	}
-	t.parents = append(t.parents, p)
 }
 
 // dropChild undoes addChild, and tells which number e was.
@@ -271,7 +319,6 @@ func (t *tx) dropChild(e *Edge) (at int) {
 	at = slices.Index(p.children, e)
 	p.children = slices.Delete(p.children, at, at+1)
 	p.cow.CompareAndSwap(e, nil)
-	t.parents = append(t.parents, p)
 	return at
 }
 
@@ -279,12 +326,19 @@ func (t *tx) dropChild(e *Edge) (at int) {
 func (t *tx) mayLink(e *Edge, child *Node) error {
 	p := e.parent
 	if p == nil {
-		return nil
+		return e.root.mayUse(child)
 	}
 	if p == child || child.reaches(p) {
 		return refuse(ErrInvalid, "Making '%s' a %s child of '%s' would create a cycle", child.name, e.name, p.name)
 	}
+	if p.Active() && !child.Active() {
+		return mixed(e, child)
+	}
 	return nil
+}
+
+func mixed(e *Edge, child *Node) error {
+	return refuse(ErrInactive, "Inactive '%s' can't be a %s child of active '%s'", child.name, e.name, e.parentName())
 }
 
 // mayChange tells whether e may lead elsewhere or go. Graph.mu is held.
