@@ -40,8 +40,8 @@ func (n *Node) Refs() int {
 func (n *Node) Held() string {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()
-	if n.held == (kept{}) {
+	if n.kept == (kept{}) {
 		return ""
 	}
-	return n.held.perm.String() + "/" + n.held.unshared.String()
+	return n.kept.perm.String() + "/" + n.kept.unshared.String()
 }

@@ -59,7 +59,7 @@ func (g *Graph) open(ctx context.Context, cfg *Config, at origin) (_ *Node, err 
 		return nil, err
 	}
 	eff := at.effective(&explicit)
-	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
+	n := &Node{graph: g, driver: d, refs: 1, busy: true, shared: PermAll}
 	n.explicit.Store(&explicit)
 	n.config.Store(eff)
 	n.inactive.Store(eff.Inactive)
@@ -80,6 +80,8 @@ func (g *Graph) open(ctx context.Context, cfg *Config, at origin) (_ *Node, err 
 	}
 	g.mu.Lock()
 	n.setInstance(inst)
+	n.busy = false
+	g.signalReady()
 	g.mu.Unlock()
 	n.tell(true) // a child may be drained
 	if eff.Probed && d.Name == "raw" && !eff.ReadOnly {

@@ -204,7 +204,7 @@ func TestG21DefaultsAndInheritance(t *testing.T) {
 	c.ReadOnly, c.DetectZeroes, c.Cache.Direct = true, block.DetectZeroesOn, true
 	n := opened(t, g, c)
 	file := n.Child("file").Node()
-	r := attached(t, n, "export", rd, all)
+	r := attach(t, n, "export", rd, all)
 	if !file.ReadOnly() || !file.Config().Cache.Direct {
 		t.Errorf("the file is %+v", file.Config())
 	}
