@@ -93,9 +93,8 @@ func TestWaitingForALimitHoldsNoWorker(t *testing.T) {
 		waitFor(t, "those that are too many to go", func() bool {
 			conn.mu.Lock()
 			defer conn.mu.Unlock()
-			return conn.busy == 0 && conn.staff.yielded == 0 && len(conn.staff.idle) == conn.staff.count
+			return conn.staff.yielded == 0 && conn.staff.count <= workers && len(conn.staff.idle) == conn.staff.count
 		})
-		conn.dismissIdle(r.s.now() + workerIdle + time.Second)
 	}
 }
 
