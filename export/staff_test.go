@@ -90,10 +90,16 @@ func TestWaitingForALimitHoldsNoWorker(t *testing.T) {
 				t.Fatalf("%+v", res)
 			}
 		}
-		waitFor(t, "those that are too many to go", func() bool {
+		waitFor(t, "idle workers", func() bool {
 			conn.mu.Lock()
 			defer conn.mu.Unlock()
-			return conn.staff.yielded == 0 && conn.staff.count <= workers && len(conn.staff.idle) == conn.staff.count
+			if conn.staff.yielded > 0 || len(conn.staff.idle) < conn.staff.count {
+				return false
+			}
+			if conn.staff.count > workers {
+				t.Errorf("%d workers are left", conn.staff.count)
+			}
+			return true
 		})
 	}
 }
