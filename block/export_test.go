@@ -19,6 +19,13 @@ func (n *Node) Parents() []*Edge {
 	return append([]*Edge(nil), n.parents...)
 }
 
+// Claimed tells whether the node is being changed as a whole.
+func (n *Node) Claimed() bool {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.claim != nil
+}
+
 // User names the parent.
 func (e *Edge) User() string { return e.user() }
 

@@ -96,6 +96,11 @@ func (g *Graph) lookup(name string) (*Node, error) {
 func (g *Graph) Nodes() []*Node {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.openNodes()
+}
+
+// openNodes is Nodes. Graph.mu is held.
+func (g *Graph) openNodes() []*Node {
 	var ns []*Node
 	for _, n := range g.nodes {
 		if n.inst != nil && n.refs > 0 {
@@ -164,7 +169,7 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 		return nil
 	}
 	var err error
-	if !n.cfg().ReadOnly && !n.cfg().NoIO {
+	if !n.cfg().ReadOnly && !n.cfg().NoIO && n.Active() {
 		err = n.inst.Flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))

@@ -30,9 +30,12 @@ type Node struct {
 	config atomic.Pointer[Config] // effective
 	limits atomic.Pointer[Limits]
 	cow    atomic.Pointer[Edge] // the child that is read where this node holds nothing; nil: none
+	// inactive is written under Graph.mu too.
+	inactive atomic.Bool
 
 	// Guarded by Graph.mu.
 	refs         int
+	claim        *claim // somebody changes the node as a whole
 	parents      []*Edge
 	children     []*Edge
 	quiesce      int  // drained sections of the node's own, and children that are drained

@@ -62,6 +62,7 @@ func (g *Graph) open(ctx context.Context, cfg *Config, at origin) (_ *Node, err 
 	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
 	n.explicit.Store(&explicit)
 	n.config.Store(eff)
+	n.inactive.Store(eff.Inactive)
 	o.Config, o.node = eff, n
 	if err := o.check(ctx, d); err != nil {
 		return nil, err
@@ -178,7 +179,7 @@ func (o *Opening) probe(ctx context.Context, c *Config, at origin) (*Driver, err
 	var head []byte
 	err = o.graph.look(ctx, o.file, func(ctx context.Context, r *Root) error {
 		head = make([]byte, min(probeSize, r.Size()))
-		return r.ReadAt(ctx, head, 0)
+		return r.edge.ReadAt(ctx, head, 0) // of an inactive file too
 	})
 	if err != nil {
 		return nil, fmt.Errorf("Could not read image for determining its format: %w", err)

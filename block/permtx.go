@@ -56,8 +56,11 @@ func (tx *permTx) commit() {
 
 // wanted is what an edge needs and shares, given what its parent's parents hold now.
 func (e *Edge) wanted() (perm, shared Perm) {
-	if e.root != nil {
+	switch {
+	case e.root != nil && e.Node().Active():
 		return e.root.perm, e.root.shared
+	case e.root != nil || !e.parent.Active():
+		return 0, PermAll
 	}
 	perm, shared = e.parent.cumulative()
 	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.parent.cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)

@@ -18,34 +18,66 @@ type tx struct {
 	edges    []*Edge  // new or moved: their permissions are to be computed
 	below    []*Node  // permissions of these, and limits of those above, are to be computed
 	freed    []*Node  // a reference to each is given back after a commit
+	touched  []*Node  // must not be claimed by others
+	by       *claim   // by whom the change is made, if by a claim
 	perms    permTx
 	quiesced quiesced
+	resized  []*Root // roots that are to be told after a commit
 }
 
 // change runs edit as one transaction. The error is why nothing has changed, or what
-// went wrong with closing nodes that nobody uses any more.
+// went wrong with closing nodes that nobody uses any more. While somebody else has a
+// claim on what is linked or moved it waits and tries again, until ctx ends.
 func (g *Graph) change(ctx context.Context, edit func(t *tx) error) error {
-	t := &tx{g: g}
-	g.mu.Lock()
-	err := edit(t)
-	if err == nil {
-		err = t.permissions()
+	return g.changeBy(ctx, nil, edit)
+}
+
+// changeBy is change on behalf of a claim.
+func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error) error {
+	t, busy, err := g.tryChange(by, edit)
+	for ; busy != nil; t, busy, err = g.tryChange(by, edit) {
+		if err := busy.wait(ctx); err != nil {
+			return err
+		}
 	}
 	if err != nil {
+		return err
+	}
+	tellResized(t.resized)
+	var errs []error
+	for _, n := range t.freed {
+		errs = append(errs, g.Release(ctx, n))
+	}
+	return errors.Join(errs...)
+}
+
+// tryChange does it unless there is a claim in the way, which it returns.
+func (g *Graph) tryChange(by *claim, edit func(t *tx) error) (t *tx, busy *claim, err error) {
+	t = &tx{g: g, by: by}
+	g.mu.Lock()
+	err = edit(t)
+	busy = t.inTheWay()
+	if err == nil && busy == nil {
+		err = t.permissions()
+	}
+	if err != nil || busy != nil {
 		t.abort()
 	} else {
 		t.commit()
 	}
 	g.mu.Unlock()
 	g.settle(&t.quiesced)
-	if err != nil {
-		return err
+	return t, busy, err
+}
+
+// inTheWay is somebody else's claim on what the change touches, or nil.
+func (t *tx) inTheWay() *claim {
+	for _, n := range t.touched {
+		if n != nil && n.claim != nil && n.claim != t.by {
+			return n.claim
+		}
 	}
-	var errs []error
-	for _, n := range t.freed {
-		errs = append(errs, g.Release(ctx, n))
-	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // onAbort has f called if the transaction fails, later ones first.
@@ -69,12 +101,14 @@ func (t *tx) permissions() error {
 
 func (t *tx) commit() {
 	t.perms.commit()
+	above := ancestors(t.below...)
 	// What lies below was computed before.
-	for _, n := range slices.Backward(ancestors(t.below...)) {
+	for _, n := range slices.Backward(above) {
 		if n.inst != nil {
 			n.refreshLimits()
 		}
 	}
+	t.resized = resizedRoots(above)
 }
 
 func (t *tx) abort() {
@@ -96,6 +130,7 @@ func (t *tx) save(e *Edge, child *Node) {
 
 // link adds e, whose fields are set, with a reference of its own to the child.
 func (t *tx) link(e *Edge) error {
+	t.touched = append(t.touched, e.parent, e.Node())
 	if err := t.mayLink(e, e.Node()); err != nil {
 		return err
 	}
@@ -114,6 +149,7 @@ func (t *tx) link(e *Edge) error {
 
 // unlink takes e away and gives its reference back.
 func (t *tx) unlink(e *Edge) {
+	t.touched = append(t.touched, e.parent) // a user of a claimed child may leave
 	child := e.Node()
 	t.save(e, child)
 	if p := e.parent; p != nil {
@@ -131,8 +167,12 @@ func (t *tx) unlink(e *Edge) {
 // move makes e lead to another child. Its place in the parent's list stays.
 func (t *tx) move(e *Edge, to *Node) error {
 	from := e.Node()
+	t.touched = append(t.touched, e.parent, from, to)
 	if err := e.mayChange(); err != nil {
 		return err
+	}
+	if e.root != nil && from.Active() && !to.Active() {
+		return mixed(e, to)
 	}
 	if err := t.mayLink(e, to); err != nil {
 		return err
@@ -175,12 +215,19 @@ func (t *tx) leave(e *Edge, child *Node) {
 func (t *tx) mayLink(e *Edge, child *Node) error {
 	p := e.parent
 	if p == nil {
-		return nil
+		return e.root.mayUse(child)
 	}
 	if p == child || child.reaches(p) {
 		return fmt.Errorf("Making '%s' a %s child of '%s' would create a cycle", child.name, e.name, p.name)
 	}
+	if p.Active() && !child.Active() {
+		return mixed(e, child)
+	}
 	return nil
+}
+
+func mixed(e *Edge, child *Node) error {
+	return refuse(ErrInactive, "Inactive '%s' can't be a %s child of active '%s'", child.name, e.name, e.parentName())
 }
 
 // mayChange tells whether e may lead elsewhere or go. Graph.mu is held.
