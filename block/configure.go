@@ -3,6 +3,7 @@ package block
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -278,6 +279,11 @@ func (d *Driver) decode(o *Options) (any, error) {
 		return nil, fmt.Errorf("Block protocol '%s' doesn't support the option '%s'", d.Name, name)
 	}
 	return nil, fmt.Errorf("Block format '%s' does not support the option '%s'", d.Name, name)
+}
+
+// hasOption tells whether the driver has an option of its own called name.
+func (d *Driver) hasOption(name string) bool {
+	return d.NewOptions != nil && slices.ContainsFunc(optionsOf(d.NewOptions()), func(o option) bool { return o.name == name })
 }
 
 func unknownDriver(name string) error { return fmt.Errorf("Unknown driver '%s'", name) }

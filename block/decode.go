@@ -62,6 +62,13 @@ func (o *Options) Decode(dst any) error {
 	return nil
 }
 
+// Extract is Decode, but takes the options that dst has fields for out of o and leaves
+// the others.
+func (o *Options) Extract(dst any) error {
+	_, err := o.decode(dst)
+	return err
+}
+
 // decode takes the options that dst has fields for out of o, and tells which were there.
 func (o *Options) decode(dst any) (given map[string]bool, err error) {
 	given = make(map[string]bool)

@@ -152,6 +152,9 @@ func (o *Opening) settle(ctx context.Context, c *Config, at origin) (d *Driver, 
 // setFilename makes name the option of a protocol, and else child "file".
 func (c *Config) setFilename(d *Driver, name string) error {
 	if d != nil && d.Kind == Protocol {
+		if name == "//" && !d.hasOption("filename") {
+			return nil // null-co:// and the like
+		}
 		if c.Options != nil || c.unread != nil && c.unread.find("filename") != nil {
 			return errTwoNames
 		}

@@ -41,9 +41,14 @@ type imageOptions struct {
 	name         string         // path, or another name (rules G5 to G7)
 	options      *block.Options // those given, which precede what the name says
 	offset, size int64          // the part to serve, in bytes; a size of 0 reaches to the end
-	throttle     *block.Options // nil: no limits
-	copyOnRead   bool
+	filters      []filter       // above the disk, lower ones first
 	export       exportOptions
+}
+
+// A filter is a node for which serve has a short option, by the name of the driver.
+type filter struct {
+	driver  string
+	options *block.Options
 }
 
 // imageFlags are the options of serve that say something about IMAGE.
@@ -121,7 +126,7 @@ func (e *exportOptions) check() error {
 
 func parseImage(c *cli.Context) (_ *imageOptions, err error) {
 	name := c.String("name")
-	i := &imageOptions{options: new(block.Options), copyOnRead: c.Bool("copy-on-read"),
+	i := &imageOptions{options: new(block.Options),
 		export: exportOptions{NodeName: "disk", Name: &name, Description: c.String("description"), ShareRW: c.Bool("share-rw")}}
 	if i.name, err = oneImage(c); err != nil {
 		return nil, err
@@ -169,10 +174,164 @@ func parseImage(c *cli.Context) (_ *imageOptions, err error) {
 	if c.IsSet("size") && i.size == 0 {
 		return nil, errors.New("--size must be more than 0; leave it out to serve up to the end of the disk")
 	}
+	if c.Bool("copy-on-read") {
+		i.filters = append(i.filters, filter{"copy-on-read", new(block.Options)})
+	}
 	if c.IsSet("throttle") {
-		if i.throttle, err = parseThrottle(c.String("throttle")); err != nil {
+		limits, err := parseThrottle(c.String("throttle"))
+		if err != nil {
 			return nil, fmt.Errorf("--throttle '%s': %w", c.String("throttle"), err)
 		}
+		i.filters = append(i.filters, filter{"throttle", limits})
 	}
 	return i, i.export.check()
+}
+
+// parseThrottle reads limits by the names of the driver throttle, of which bps and iops
+// are short for bps-total and iops-total.
+func parseThrottle(text string) (*block.Options, error) {
+	o, err := block.ParseOptions(text, "")
+	if err != nil {
+		return nil, err
+	}
+	short := struct {
+		Bps  *string `option:"bps"`
+		Iops *string `option:"iops"`
+	}{}
+	if err := o.Extract(&short); err != nil {
+		return nil, err
+	}
+	for name, value := range map[string]*string{"bps-total": short.Bps, "iops-total": short.Iops} {
+		if value != nil {
+			if err := o.Set(name, *value); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return o, nil
+}
+
+// open opens the nodes, passing each to hold, which keeps the reference.
+func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+	if s.allow != nil || s.allowReadOnly != nil {
+		if err := g.AllowDrivers(s.allow, s.allowReadOnly); err != nil {
+			return err
+		}
+	}
+	for _, o := range s.nodes {
+		cfg, err := g.Configure("", o)
+		if err == nil && cfg.NodeName == "" {
+			err = errors.New("'node-name' must be specified for the root node")
+		}
+		if err == nil {
+			err = openHeld(ctx, g, cfg, hold)
+		}
+		if err != nil {
+			name := struct {
+				Node string `option:"node-name"`
+			}{}
+			if o.Extract(&name) == nil && name.Node != "" {
+				return fmt.Errorf("--blockdev node-name=%s: %w", name.Node, err)
+			}
+			return fmt.Errorf("--blockdev: %w", err)
+		}
+	}
+	if s.image != nil {
+		return s.image.open(ctx, g, hold)
+	}
+	return nil
+}
+
+func openHeld(ctx context.Context, g *block.Graph, cfg *block.Config, hold func(*block.Node)) error {
+	n, err := g.Open(ctx, cfg)
+	if err == nil {
+		hold(n)
+	}
+	return err
+}
+
+// open opens IMAGE: its file, its format, and above that a raw node where only a part
+// is served, and filters. The nodes have names that metrics and logs can be searched
+// for: disk; file; whole, of which disk is a part; throttle and copy-on-read.
+func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+	cfg, err := g.Configure(i.name, i.options)
+	if err != nil {
+		return err
+	}
+	if cfg.Given&block.GivenDiscard == 0 {
+		cfg.Unmap = true
+	}
+	if cfg.Filename != "" {
+		cfg.Children = map[string]*block.Config{"file": {Filename: cfg.Filename, NodeName: "file"}}
+		cfg.Filename = ""
+	}
+	if i.offset != 0 || i.size != 0 {
+		whole := *cfg
+		cfg = &block.Config{
+			Driver: "raw", NodeName: whole.NodeName, ReadOnly: whole.ReadOnly, Cache: whole.Cache, Unmap: whole.Unmap,
+			DetectZeroes: whole.DetectZeroes, Snapshot: whole.Snapshot, Options: &raw.Options{Offset: i.offset, Size: i.size},
+			Children: map[string]*block.Config{"file": &whole},
+		}
+		whole.NodeName, whole.DetectZeroes, whole.Snapshot = "whole", block.DetectZeroesOff, false
+	}
+	if cfg.NodeName == "" {
+		cfg.NodeName = "disk"
+	}
+	below, err := g.Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	hold(below)
+	for _, f := range i.filters {
+		err := f.options.Set("driver", f.driver)
+		if err == nil {
+			cfg, err = g.Configure("", f.options)
+		}
+		if err != nil {
+			return fmt.Errorf("--%s: %w", f.driver, err)
+		}
+		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = f.driver, below.ReadOnly(), true
+		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
+		if below, err = g.Open(ctx, cfg); err != nil {
+			return fmt.Errorf("--%s: %w", f.driver, err)
+		}
+		hold(below)
+	}
+	i.export.NodeName = below.Name()
+	return nil
+}
+
+// exportConfigs describes the exports; that of IMAGE is as writable as its node.
+func (s *source) exportConfigs(g *block.Graph) ([]export.Config, error) {
+	list := s.exports
+	if s.image != nil {
+		list = []exportOptions{s.image.export}
+	}
+	var configs []export.Config
+	for _, e := range list {
+		n, err := g.FindNode(e.NodeName)
+		if err != nil {
+			return nil, fmt.Errorf("--export: %w", err)
+		}
+		readOnly := !e.Writable
+		if s.image != nil {
+			readOnly = n.ReadOnly()
+		}
+		configs = append(configs, export.Config{
+			Name: *e.Name, Description: e.Description, ID: e.ID, Graph: g, Node: n,
+			ReadOnly: readOnly, ShareRW: e.ShareRW, WriteThrough: e.WriteThrough,
+		})
+	}
+	return configs, nil
+}
+
+// label is a short name of what is served, for logs and sockets.
+func (s *source) label() string {
+	switch {
+	case s.image == nil:
+		return s.exports[0].NodeName
+	case strings.HasPrefix(s.image.name, "json:"):
+		return s.image.export.NodeName
+	}
+	return s.image.name
 }
