@@ -34,8 +34,8 @@ func (c *Counter) Load() int64 {
 
 type laneContext struct {
 	context.Context
-	shard  Shard
-	parked func(n int) // see WaitingContext; nil: nobody wants to know
+	shard Shard
+	yield func(n int) // see YieldingContext; may be nil
 }
 
 // WithShard returns a context whose requests count in shard s. One is made a

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 )
@@ -19,6 +20,24 @@ type RootConfig struct {
 	Shared Perm // what others may hold meanwhile
 	// WriteThrough makes every write durable before it returns.
 	WriteThrough bool
+	// StayAtNode: when the node is replaced, the root stays, because it is about this
+	// very node (a job).
+	StayAtNode bool
+	// AllowInactive is asked before the node becomes inactive; an error says why it
+	// must not. nil: the root never allows it. It may be called in parallel and more
+	// than once, must not block, and must not wait for a call of the graph. The root
+	// loses its permissions while the node is inactive, and gets them back, or the node
+	// stays inactive.
+	AllowInactive func() error
+	// OnResize, if not nil, is called when the size of the root has changed without
+	// its user having done that: its node was replaced, or [Node.SizeChanged] was
+	// called. Look at [Root.Size] for the size. No locks are held; calls may come in
+	// parallel, and one may come late, after the root was detached.
+	OnResize func()
+	// Busy, if not nil, describes what is in flight, the oldest first: "read of 4096
+	// bytes at offset 0 for 12s". It is for the text of a drain that did not finish in
+	// time, may be called at any time before Detach has returned, and must not block.
+	Busy func() []string
 }
 
 // A Root is an edge without a parent node: the point where requests enter the
@@ -37,12 +56,20 @@ type Root struct {
 	writeFlags   ReqFlags // added to each write
 	graph        *Graph
 
+	allowInactive func() error
+	denied        *Node // was made read-only by force: the root may not write. Guarded by Graph.mu
+
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].
 	state    atomic.Uint64
 	watchers atomic.Int32 // somebody waits on changed
 
+	stays    bool
+	onResize func()
+	busy     func() []string
+
 	quiesce int   // guarded by Graph.mu
+	known   int64 // size in bytes that the user knows of; guarded by Graph.mu
 	self    *Lane // of Do
 
 	mu      sync.Mutex
@@ -53,15 +80,18 @@ type Root struct {
 const gateClosed = 1
 
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
-// It fails if the permissions conflict with those of other users, naming both.
+// It fails if the permissions conflict with those of other users, naming both. On an
+// inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		stays: cfg.StayAtNode, allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
 	}
 	r.edge.root, r.edge.name, r.edge.role = r, "root", RoleFiltered|RolePrimary
 	r.edge.child.Store(cfg.Node)
+	r.known = r.Size()
 	r.self = r.NewLane(0, nil)
 	err := g.change(ctx, func(t *tx) error {
 		if err := t.claim(r); err != nil {
@@ -76,16 +106,33 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 }
 
 // Detach waits until nothing is in flight, flushes if the root could write, and
-// takes the root away. ctx bounds the wait only; if it ends, the root stays.
+// takes the root away. ctx bounds the wait only, also that for the end of a drained
+// section before the flush; if it ends, the root stays and the error wraps ctx's.
 func (r *Root) Detach(ctx context.Context) error {
 	if err := r.waitIdle(ctx); err != nil {
 		return err
 	}
-	var err error
+	var flushed error
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		err = r.edge.Flush(ctx)
+		err := r.Do(ctx, func(ctx context.Context) error {
+			if r.Node().Active() { // else it was flushed then
+				flushed = r.edge.Flush(ctx)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
-	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+	return errors.Join(flushed, r.graph.detach(ctx, &r.edge))
+}
+
+// mayUse tells why the root cannot be on top of n as far as activity goes.
+func (r *Root) mayUse(n *Node) error {
+	if more := r.perm &^ PermConsistentRead; more != 0 && !n.Active() && r.allowInactive == nil {
+		return refuse(ErrInactive, "Permission '%s' unavailable on inactive node", more)
+	}
+	return nil
 }
 
 // claim enters r's id, if it has one.
@@ -255,9 +302,28 @@ func (r *Root) watch(ctx context.Context, done func() bool) error {
 func (r *Root) waitIdle(ctx context.Context) error {
 	err := r.watch(ctx, func() bool { return r.InFlight() == 0 })
 	if err != nil {
-		return fmt.Errorf("%s still has %d requests in flight: %w", r.user, r.InFlight(), err)
+		return fmt.Errorf("%s still has %d requests in flight%s: %w", r.user, r.InFlight(), r.list(), err)
 	}
 	return nil
+}
+
+// most is how many requests in flight an error names.
+const most = 8
+
+// list names what is in flight, for the end of a sentence.
+func (r *Root) list() string {
+	if r.busy == nil {
+		return ""
+	}
+	all := r.busy()
+	if len(all) == 0 {
+		return ""
+	}
+	text := strings.Join(all[:min(len(all), most)], ", ")
+	if len(all) > most {
+		text += fmt.Sprintf(" and %d more", len(all)-most)
+	}
+	return " (" + text + ")"
 }
 
 // inflightOf counts what was admitted in epochs of the parity of epoch.

@@ -91,5 +91,10 @@ func (p Pass) Size() int64 { return p.Child.Size() }
 // Limits implements [block.Instance].
 func (p Pass) Limits() block.Limits { return p.Child.Limits() }
 
+// PrepareReopen implements [block.Reopener] for filters whose own options do not change.
+func (p Pass) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return block.NoSwitch{}, nil
+}
+
 // Close implements [block.Instance].
 func (p Pass) Close(context.Context) error { return nil }

@@ -74,7 +74,7 @@ type node struct {
 // wait holds a request up. It is over the same whether others wait too, so it needs no worker.
 func wait(ctx context.Context, d Duration) {
 	if d > 0 {
-		block.Parked(ctx, func() { time.Sleep(time.Duration(d)) })
+		block.Yield(ctx, func() { time.Sleep(time.Duration(d)) })
 	}
 }
 

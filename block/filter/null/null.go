@@ -70,7 +70,7 @@ var _ interface {
 // wait takes the time that a request takes.
 func (d *disk) wait(ctx context.Context) {
 	if d.latency > 0 {
-		block.Parked(ctx, func() { time.Sleep(d.latency) })
+		block.Yield(ctx, func() { time.Sleep(d.latency) })
 	}
 }
 

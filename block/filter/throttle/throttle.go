@@ -8,7 +8,7 @@
 // counted in vain would all have to be built around it, and nothing would be left for
 // it to do but the one subtraction. So the buckets are our own.
 //
-// A request that must wait holds no worker of its connection, see [block.Parked].
+// A request that must wait holds no worker of its connection, see [block.Yield].
 // While a node is drained, its requests pass without waiting; they count nevertheless.
 package throttle
 
@@ -103,7 +103,7 @@ func (n *node) throttle(ctx context.Context, d direction, bytes int64) {
 	}
 	if w := g.enter(n, d, bytes); w != nil {
 		n.waits.Add(1)
-		block.Parked(ctx, func() { <-w.let })
+		block.Yield(ctx, func() { <-w.let })
 	}
 }
 
