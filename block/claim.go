@@ -17,17 +17,20 @@ type claim struct {
 	err        error         // how it went; to be read when done is closed
 }
 
-// claimed is a claim on one of the nodes, or nil. Graph.mu is held.
-func claimed(nodes []*Node) *claim {
+// atWork is who is at work on one of the nodes, nil for nobody. Graph.mu is held.
+func atWork(nodes []*Node) waiter {
 	for _, n := range nodes {
-		if n.claim != nil {
+		switch {
+		case n.claim != nil:
 			return n.claim
+		case n.tx != nil:
+			return n.tx
 		}
 	}
 	return nil
 }
 
-// claim takes nodes that nobody has claimed. Graph.mu is held.
+// claim takes nodes that nobody is at work on. Graph.mu is held.
 func (g *Graph) claim(nodes []*Node) *claim {
 	c := &claim{nodes: slices.Clone(nodes), done: make(chan struct{})}
 	for _, n := range nodes {
@@ -37,13 +40,13 @@ func (g *Graph) claim(nodes []*Node) *claim {
 	return c
 }
 
-// claimWhenFree waits until nobody has a claim on what pick lists, and takes it.
+// claimWhenFree waits until nobody is at work on what pick lists, and takes it.
 // pick is called with Graph.mu held, perhaps several times.
 func (g *Graph) claimWhenFree(ctx context.Context, pick func() []*Node) (*claim, error) {
 	for {
 		g.mu.Lock()
 		nodes := pick()
-		busy := claimed(nodes)
+		busy := atWork(nodes)
 		if busy == nil {
 			c := g.claim(nodes)
 			g.mu.Unlock()

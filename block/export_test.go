@@ -35,3 +35,13 @@ func (n *Node) Refs() int {
 	defer n.graph.mu.Unlock()
 	return n.refs
 }
+
+// Held tells what the node's driver holds on to beyond what the parents need; "" for nothing.
+func (n *Node) Held() string {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	if n.kept == (kept{}) {
+		return ""
+	}
+	return n.kept.perm.String() + "/" + n.kept.unshared.String()
+}

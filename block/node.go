@@ -35,12 +35,17 @@ type Node struct {
 
 	// Guarded by Graph.mu.
 	refs         int
+	busy         bool   // the driver is opening or closing it
+	waiting      bool   // a change of its edges waits for another one, and with it what busy is about
 	claim        *claim // somebody changes the node as a whole
 	parents      []*Edge
 	children     []*Edge
-	quiesce      int  // drained sections of the node's own, and children that are drained
+	quiesce      int  // drained sections of the node's own, and children that hold up their parents
+	still        int  // drained sections of the parents only
 	perm, shared Perm // what the parents hold and share in sum
+	kept         kept
 	blockers     []blocker
+	tx           *tx  // that alone may change edges and permissions now; nil: none
 	heir         heir // of the parent that opened the node as its child
 
 	pauseMu sync.Mutex // held while the driver is told of a drain
@@ -122,7 +127,14 @@ func (n *Node) Children() []*Edge {
 
 // Child returns the edge called name, or nil.
 func (n *Node) Child(name string) *Edge {
-	for _, e := range n.Children() {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.child(name)
+}
+
+// child is Child. Graph.mu is held.
+func (n *Node) child(name string) *Edge {
+	for _, e := range n.children {
 		if e.name == name {
 			return e
 		}
@@ -134,7 +146,11 @@ func (n *Node) Child(name string) *Edge {
 // (role COW), or nil. It stands for the same child from the begin of a request to its end.
 func (n *Node) Backing() *Edge { return n.cow.Load() }
 
-// Quiesced tells how many drained sections the node is in: its own, and one for each child that is drained.
+// held tells whether the parents are drained. Graph.mu is held.
+func (n *Node) held() bool { return n.quiesce > 0 || n.still > 0 }
+
+// Quiesced tells how many drained sections the node is in: its own, and one for each
+// child whose parents are drained.
 func (n *Node) Quiesced() int {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()

@@ -173,3 +173,24 @@ func (f *fault) Close(ctx context.Context) error {
 	}
 	return f.Pass.Close(ctx)
 }
+
+// Inactivate implements [block.Activator].
+func (f *fault) Inactivate(context.Context) error { return f.faults.check(OpInactivate, 0, 0) }
+
+// Deactivate implements [block.Activator].
+func (f *fault) Deactivate() {}
+
+// Activate implements [block.Activator].
+func (f *fault) Activate(context.Context) error { return f.faults.check(OpActivate, 0, 0) }
+
+// PrepareReopen implements [block.Reopener].
+func (f *fault) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return &faultSwitch{faults: f.faults}, f.faults.check(OpReopen, 0, 0)
+}
+
+type faultSwitch struct {
+	block.NoSwitch
+	faults *Faults
+}
+
+func (s *faultSwitch) Apply(context.Context) error { return s.faults.check(OpApply, 0, 0) }

@@ -97,5 +97,10 @@ func (p Pass) Limits() block.Limits {
 	return l
 }
 
+// PrepareReopen implements [block.Reopener] for filters whose own options do not change.
+func (p Pass) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return block.NoSwitch{}, nil
+}
+
 // Close implements [block.Instance].
 func (p Pass) Close(context.Context) error { return nil }
