@@ -376,14 +376,14 @@ const viewText = `export 'a': id one, 1 in flight, drained 1
    │     low: file, 4 KiB, read-write, /d/top
    └─ backing (cow, frozen): needs consistent read; shares consistent read, write unchanged
       base: raw, 1000 bytes, read-only, /d/base
-      └─ file (filtered+primary, frozen): needs consistent read; shares consistent read, write unchanged
+      └─ file (filtered+primary): needs consistent read; shares consistent read, write unchanged
          basefile: file, 1000 bytes, read-only, /d/base
 export 'b` + "\uFFFD" + `': 0 in flight
 └─ root (filtered+primary): needs nothing; shares consistent read, write, write unchanged, resize
    base: see above
-spare: raw, 0 bytes, read-write, /d/empty
+spare: raw, 0 bytes, read-write, inactive, /d/empty
 └─ file (filtered+primary): needs nothing; shares consistent read, write, write unchanged, resize
-   sparefile: file, 0 bytes, read-write, /d/empty
+   sparefile: file, 0 bytes, read-write, inactive, /d/empty
 `
 
 func TestViewShowsTheGraph(t *testing.T) {
@@ -391,7 +391,7 @@ func TestViewShowsTheGraph(t *testing.T) {
 	g, _ := namedGraph(t, map[string]*blocktest.Store{"/d/top": top, "/d/base": blocktest.NewStore(1000), "/d/empty": blocktest.NewStore(0)})
 	base := openedText(t, g, "", "raw,node-name=base,read-only=on,file.filename=/d/base,file.node-name=basefile")
 	n := openedText(t, g, "", "img,node-name=top,file.driver=pass,file.node-name=pass,file.file.driver=file,file.file.filename=/d/top,file.file.node-name=low,backing=base")
-	openedText(t, g, "", "raw,node-name=spare,file.filename=/d/empty,file.node-name=sparefile")
+	openedText(t, g, "", "raw,node-name=spare,active=off,file.filename=/d/empty,file.node-name=sparefile")
 	a, err := g.AttachRoot(ctx, block.RootConfig{User: "export 'a'", ID: "one", Node: n, Perm: rd | wr, Shared: rd})
 	if err != nil {
 		t.Fatal(err)
