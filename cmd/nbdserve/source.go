@@ -265,37 +265,45 @@ func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*bloc
 		cfg.Children = map[string]*block.Config{"file": {Filename: cfg.Filename, NodeName: "file"}}
 		cfg.Filename = ""
 	}
-	if i.offset != 0 || i.size != 0 {
-		whole := *cfg
-		cfg = &block.Config{
-			Driver: "raw", NodeName: whole.NodeName, ReadOnly: whole.ReadOnly, Cache: whole.Cache, Unmap: whole.Unmap,
-			DetectZeroes: whole.DetectZeroes, Snapshot: whole.Snapshot, Options: &raw.Options{Offset: i.offset, Size: i.size},
-			Children: map[string]*block.Config{"file": &whole},
-		}
-		whole.NodeName, whole.DetectZeroes, whole.Snapshot = "whole", block.DetectZeroesOff, false
-	}
+	part := i.offset != 0 || i.size != 0
 	if cfg.NodeName == "" {
 		cfg.NodeName = "disk"
+		if part {
+			cfg.NodeName = "whole"
+		}
 	}
 	below, err := g.Open(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	hold(below)
+	above := func(cfg *block.Config, name string) error {
+		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = name, below.ReadOnly(), true
+		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
+		n, err := g.Open(ctx, cfg)
+		if err != nil {
+			return err
+		}
+		below = n
+		hold(n)
+		return nil
+	}
+	if part {
+		if err := above(&block.Config{Driver: "raw", Options: &raw.Options{Offset: i.offset, Size: i.size}}, "disk"); err != nil {
+			return err
+		}
+	}
 	for _, f := range i.filters {
 		err := f.options.Set("driver", f.driver)
 		if err == nil {
 			cfg, err = g.Configure("", f.options)
 		}
+		if err == nil {
+			err = above(cfg, f.driver)
+		}
 		if err != nil {
 			return fmt.Errorf("--%s: %w", f.driver, err)
 		}
-		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = f.driver, below.ReadOnly(), true
-		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
-		if below, err = g.Open(ctx, cfg); err != nil {
-			return fmt.Errorf("--%s: %w", f.driver, err)
-		}
-		hold(below)
 	}
 	i.export.NodeName = below.Name()
 	return nil
