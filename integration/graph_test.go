@@ -190,6 +190,13 @@ func TestG3AutoReadOnlyAndG7Devices(t *testing.T) {
 	if r := try(t, "nbdinfo", "--is", "read-only", s.uri()); r.code != 0 {
 		t.Errorf("the export is not read-only: %v", r)
 	}
+	// An image that can only be read, in a file that could be written.
+	bitmap := newImage(t)
+	run(t, "qemu-img", "bitmap", "--add", bitmap, "b0")
+	auto := `json:{"driver":"qcow2","auto-read-only":true,"file":{"filename":"` + bitmap + `"}}`
+	if r := try(t, "nbdinfo", "--is", "read-only", start(t, auto).uri()); r.code != 0 {
+		t.Errorf("the export of an image with a bitmap is not read-only: %v", r)
+	}
 	graph := run(t, raceBinary, "serve", "--print-graph", "--read-only", "-f", "raw", dev)
 	if !strings.Contains(graph, "file: host_device, 4 MiB, read-only, "+dev) {
 		t.Errorf("the device is not opened as one:\n%s", graph)
