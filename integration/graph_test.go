@@ -48,11 +48,13 @@ func TestG3ServesAnyGraph(t *testing.T) {
 		"no backing node": {in("alone.raw"), []string{"--blockdev", fmt.Sprintf(`{"driver":"qcow2","node-name":"top","backing":null,"file":{"driver":"file","filename":"%s"}}`, in("top.qcow2")), "--export", "node-name=top"}},
 		"part of a file": {in("part.raw"), []string{
 			"--blockdev", "file,node-name=f,filename=" + disk, "--blockdev", "raw,node-name=part,offset=1M,size=3M,file=f", "--export", "node-name=part"}},
-		"part of an image":    {in("part.raw"), []string{"--offset", "1M", "--size", "3M", qcow}},
-		"options as IMAGE":    {in("rebased.raw"), []string{fmt.Sprintf(`json:{"driver":"qcow2","file":{"filename":"%s"},"backing":{"file":{"filename":"%s"}}}`, in("top.qcow2"), other), "--read-only"}},
-		"a protocol and name": {disk, []string{"file:" + disk, "-f", "raw"}},
-		"filters":             {in("top.raw"), []string{"--throttle", "iops=100000,bps=1G", "--copy-on-read", in("top.qcow2")}},
-		"filters as nodes":    {in("top.raw"), []string{"--blockdev", "throttle,node-name=t,iops-total=100000,file.driver=qcow2,file.file.filename=" + in("top.qcow2"), "--export", "node-name=t"}},
+		"part of an image":          {in("part.raw"), []string{"--offset", "1M", "--size", "3M", qcow}},
+		"options as IMAGE":          {in("rebased.raw"), []string{fmt.Sprintf(`json:{"driver":"qcow2","file":{"filename":"%s"},"backing":{"file":{"filename":"%s"}}}`, in("top.qcow2"), other), "--read-only"}},
+		"a name with options":       {in("rebased.raw"), []string{fmt.Sprintf(`json:{"filename":"%s","backing":{"file":{"filename":"%s"}}}`, in("top.qcow2"), other), "--read-only"}},
+		"a part, locked while used": {in("part.raw"), []string{"--offset", "1M", "--size", "3M", "--activation=on-connect", qcow}},
+		"a protocol and name":       {disk, []string{"file:" + disk, "-f", "raw"}},
+		"filters":                   {in("top.raw"), []string{"--throttle", "iops=100000,bps=1G", "--copy-on-read", in("top.qcow2")}},
+		"filters as nodes":          {in("top.raw"), []string{"--blockdev", "throttle,node-name=t,iops-total=100000,file.driver=qcow2,file.file.filename=" + in("top.qcow2"), "--export", "node-name=t"}},
 	} {
 		t.Run(what, func(t *testing.T) {
 			identical(t, "raw", c.want, "raw", content(t, start(t, c.args...).uri()))
@@ -113,6 +115,7 @@ func TestGraphsThatAreRefused(t *testing.T) {
 		"Unknown driver 'foo'":                                                     append(node(""), "--allow-drivers", "foo"),
 		"force-share=on can only be used with read-only images":                    node(",force-share=on"),
 		"Unknown protocol 'nbd'":                                                   {"nbd://localhost"},
+		"Can't specify 'file' and 'filename' options at the same time":             {"json:{\"filename\":\"x\",\"file\":\"y\"}"},
 		"Invalid JSON object given":                                                {"json:[]"},
 		"Could not parse the JSON options":                                         {"json:{]"},
 		"--throttle: Parameter 'bps-total' expects a size":                         {"--throttle", "bps=x", disk, "-f", "raw"},

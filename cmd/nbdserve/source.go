@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -211,8 +210,8 @@ func parseThrottle(text string) (*block.Options, error) {
 	return o, nil
 }
 
-// open opens the nodes, passing each to hold, which keeps the reference.
-func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+// open opens the nodes with openNode, which keeps the references.
+func (s *source) open(g *block.Graph, openNode func(*block.Config) (*block.Node, error)) error {
 	if s.allow != nil || s.allowReadOnly != nil {
 		if err := g.AllowDrivers(s.allow, s.allowReadOnly); err != nil {
 			return err
@@ -224,7 +223,7 @@ func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node
 			err = errors.New("'node-name' must be specified for the root node")
 		}
 		if err == nil {
-			err = openHeld(ctx, g, cfg, hold)
+			_, err = openNode(cfg)
 		}
 		if err != nil {
 			name := struct {
@@ -237,23 +236,15 @@ func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node
 		}
 	}
 	if s.image != nil {
-		return s.image.open(ctx, g, hold)
+		return s.image.open(g, openNode)
 	}
 	return nil
-}
-
-func openHeld(ctx context.Context, g *block.Graph, cfg *block.Config, hold func(*block.Node)) error {
-	n, err := g.Open(ctx, cfg)
-	if err == nil {
-		hold(n)
-	}
-	return err
 }
 
 // open opens IMAGE: its file, its format, and above that a raw node where only a part
 // is served, and filters. The nodes have names that metrics and logs can be searched
 // for: disk; file; whole, of which disk is a part; throttle and copy-on-read.
-func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+func (i *imageOptions) open(g *block.Graph, openNode func(*block.Config) (*block.Node, error)) error {
 	cfg, err := g.Configure(i.name, i.options)
 	if err != nil {
 		return err
@@ -261,8 +252,11 @@ func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*bloc
 	if cfg.Given&block.GivenDiscard == 0 {
 		cfg.Unmap = true
 	}
-	if cfg.Filename != "" {
-		cfg.Children = map[string]*block.Config{"file": {Filename: cfg.Filename, NodeName: "file"}}
+	if cfg.Filename != "" && cfg.Children["file"] == nil {
+		if cfg.Children == nil {
+			cfg.Children = make(map[string]*block.Config)
+		}
+		cfg.Children["file"] = &block.Config{Filename: cfg.Filename, NodeName: "file"}
 		cfg.Filename = ""
 	}
 	part := i.offset != 0 || i.size != 0
@@ -272,21 +266,18 @@ func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*bloc
 			cfg.NodeName = "whole"
 		}
 	}
-	below, err := g.Open(ctx, cfg)
+	below, err := openNode(cfg)
 	if err != nil {
 		return err
 	}
-	hold(below)
 	above := func(cfg *block.Config, name string) error {
 		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = name, below.ReadOnly(), true
 		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
-		n, err := g.Open(ctx, cfg)
-		if err != nil {
-			return err
+		n, err := openNode(cfg)
+		if err == nil {
+			below = n
 		}
-		below = n
-		hold(n)
-		return nil
+		return err
 	}
 	if part {
 		if err := above(&block.Config{Driver: "raw", Options: &raw.Options{Offset: i.offset, Size: i.size}}, "disk"); err != nil {
