@@ -296,27 +296,23 @@ func (g *Graph) inactivateSet(ctx context.Context, c *claim) error {
 // good and takes no lock. It waits while the node is being activated or inactivated.
 func (n *Node) Peek(ctx context.Context) (Peeked, error) {
 	g := n.graph
-	c, err := g.claimWhenFree(ctx, func() []*Node { return topological(n) })
+	c, err := g.claimWhenFree(ctx, func() []*Node { return storage(n) })
 	if err != nil {
 		return Peeked{}, err
 	}
-	p, err := n.peek(ctx)
+	var p Peeked
+	for _, below := range slices.Backward(c.nodes) {
+		if err == nil {
+			p, err = below.peek(ctx)
+		}
+	}
 	return p, g.end(c, err)
 }
 
-// peek looks at the children that hold the node's own bytes, then at the node.
+// peek is Peek for a node whose children were peeked at.
 func (n *Node) peek(ctx context.Context) (Peeked, error) {
-	if !n.Active() {
-		for _, e := range n.Children() {
-			if e.role&RoleCOW == 0 {
-				if _, err := e.Node().peek(ctx); err != nil {
-					return Peeked{}, err
-				}
-			}
-		}
-		if p, ok := n.inst.(Peeker); ok {
-			return p.Peek(ctx)
-		}
+	if p, ok := n.inst.(Peeker); ok && !n.Active() {
+		return p.Peek(ctx)
 	}
 	p := Peeked{Size: n.Size()}
 	if i, ok := n.inst.(Inspector); ok {
