@@ -125,6 +125,7 @@ func (l *locks) close() error {
 
 const (
 	lockTries   = 8
+	lockLooks   = 3                     // for holders, after the last try
 	lockBackoff = 25 * time.Millisecond // between two tries, at most
 )
 
@@ -144,10 +145,13 @@ func (l *locks) check(want lockBits) error {
 		switch {
 		case !errors.As(err, &held):
 			return l.missing(err)
-		case try == lockTries:
-			// It takes long, so it is done once and with nothing locked.
+		case try >= lockTries:
+			// It takes long, so it is done late and with nothing locked. If nobody has
+			// it, whoever had it has just let go of it, or is being killed.
 			held.Holders = findHolders(l.fd, l.own, held.at)
-			return held
+			if len(held.Holders) > 0 || try == lockTries+lockLooks-1 {
+				return held
+			}
 		}
 		// The other one may be trying too: whoever comes back first has it.
 		time.Sleep(time.Millisecond + rand.N(lockBackoff))
