@@ -92,7 +92,7 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 	for {
 		g.mu.Lock()
 		tree := topological(pick()...)
-		busy := atWork(tree)
+		busy := claimed(tree)
 		if busy == nil {
 			set := slices.DeleteFunc(slices.Clone(tree), (*Node).Active)
 			c := g.claim(set)
@@ -104,8 +104,8 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 		if err := busy.wait(ctx); err != nil {
 			return err
 		}
-		if c, ok := busy.(*claim); ok && c.failedFor(tree) {
-			return c.err
+		if busy.failedFor(tree) {
+			return busy.err
 		}
 	}
 }
@@ -200,7 +200,7 @@ func (g *Graph) inactivate(ctx context.Context, pick func() []*Node) error {
 	for {
 		g.mu.Lock()
 		set, ask, err := inactivable(pick(), verdicts)
-		busy := atWork(set)
+		busy := claimed(set)
 		if len(ask) == 0 && err == nil && busy == nil {
 			c := g.claim(set)
 			g.mu.Unlock()
