@@ -64,6 +64,7 @@ var _ interface {
 	block.Instance
 	block.Zeroer
 	block.StatusReporter
+	block.Reopener
 } = (*node)(nil)
 
 // both does a request on both children.
@@ -156,6 +157,11 @@ func (n *node) Limits() block.Limits {
 	l.WriteFlags = block.FUA
 	l.ZeroFlags = block.FUA | block.MayUnmap
 	return l
+}
+
+// PrepareReopen implements [block.Reopener]: no option of its own can change.
+func (n *node) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return block.NoSwitch{}, nil
 }
 
 // Close implements [block.Instance].
