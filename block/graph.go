@@ -17,17 +17,20 @@ import (
 type Graph struct {
 	log     *slog.Logger
 	drivers map[string]*Driver
+	allow   map[string]bool // drivers that may be used, and whether for writing; nil: all
+	overlay func(ctx context.Context, g *Graph, size int64) (Overlay, error)
 
 	mu    sync.Mutex // guards all below, and the fields of nodes and edges that say so
 	nodes map[string]*Node
-	auto  int // number of the next made-up node name
+	ids   map[string]*Root // by RootConfig.ID: one space of names with nodes
+	auto  int              // number of the next made-up node name
 
 	telling sync.WaitGroup // drivers that are told of a drain that was given up
 }
 
 // NewGraph returns an empty graph that can open nodes of the given drivers.
 func NewGraph(log *slog.Logger, drivers ...*Driver) *Graph {
-	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node)}
+	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node), ids: make(map[string]*Root)}
 	for _, d := range drivers {
 		g.drivers[d.Name] = d
 	}
@@ -68,6 +71,27 @@ func (g *Graph) find(name string) *Node {
 	return nil
 }
 
+// FindNode returns the node called name. The caller gets no reference.
+func (g *Graph) FindNode(name string) (*Node, error) {
+	n := g.Lookup(name)
+	if n == nil {
+		return nil, refuse(ErrInvalid, "Failed to find node with node-name='%s'", name)
+	}
+	return n, nil
+}
+
+// lookup finds the node below the root of that id, or else the node of that name
+// (rule G2). Graph.mu is held.
+func (g *Graph) lookup(name string) (*Node, error) {
+	if r := g.ids[name]; r != nil {
+		return r.Node(), nil
+	}
+	if n := g.find(name); n != nil {
+		return n, nil
+	}
+	return nil, refuse(ErrInvalid, "Cannot find device='%s' nor node-name='%s'", name, name)
+}
+
 // Nodes lists the open nodes by name.
 func (g *Graph) Nodes() []*Node {
 	g.mu.Lock()
@@ -97,6 +121,8 @@ func (g *Graph) reserve(n *Node, name string) error {
 		return fmt.Errorf("Node name too long: '%s' has %d bytes, at most %d are allowed", name, len(name), maxNodeName)
 	case !nodeName.MatchString(name):
 		return fmt.Errorf("Invalid node-name: '%s' (a letter, then letters, digits, '.', '_' and '-')", name)
+	case g.ids[name] != nil:
+		return fmt.Errorf("node-name=%s is conflicting with a device id", name)
 	case g.nodes[name] != nil:
 		return fmt.Errorf("Duplicate nodes with node-name='%s'", name)
 	}
@@ -108,65 +134,10 @@ func (g *Graph) reserve(n *Node, name string) error {
 // Open opens the node that cfg describes, with its children. The caller holds a
 // reference, to be given back with [Graph.Release]. On error nothing is left open.
 func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
-	if cfg.Ref != "" {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		n := g.find(cfg.Ref)
-		if n == nil {
-			return nil, fmt.Errorf("Failed to find node with node-name='%s'", cfg.Ref)
-		}
-		n.refs++
-		return n, nil
+	if cfg.Snapshot {
+		return g.openSnapshot(ctx, cfg)
 	}
-	d := g.drivers[cfg.Driver]
-	if d == nil {
-		return nil, fmt.Errorf("Unknown driver '%s'", cfg.Driver)
-	}
-	if cfg.ForceShare && !cfg.ReadOnly {
-		return nil, errors.New("force-share=on can only be used with read-only images")
-	}
-	if cfg.DetectZeroes == DetectZeroesUnmap && !cfg.Unmap {
-		return nil, errors.New("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-	}
-	eff := *cfg
-	if eff.Options == nil && d.NewOptions != nil {
-		eff.Options = d.NewOptions()
-	}
-	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
-	n.config.Store(&eff)
-	g.mu.Lock()
-	err := g.reserve(n, cfg.NodeName)
-	g.mu.Unlock()
-	if err != nil {
-		return nil, err
-	}
-	inst, err := d.Open(ctx, &Opening{Config: &eff, NodeName: n.name, graph: g, node: n})
-	if err != nil {
-		return nil, errors.Join(err, g.dismantle(ctx, n))
-	}
-	g.mu.Lock()
-	n.setInstance(inst)
-	g.mu.Unlock()
-	n.tell(true) // a child may be drained
-	return n, nil
-}
-
-// openChild opens cfg as parent's child.
-func (g *Graph) openChild(ctx context.Context, parent *Node, name string, role Role, cfg *Config) (*Edge, error) {
-	c := cfg
-	if cfg.Ref == "" {
-		c = inherit(parent.cfg(), role, cfg)
-	}
-	child, err := g.Open(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	e := newEdge(parent, child, name, role)
-	err = g.change(ctx, func(t *tx) error { return t.link(e) })
-	if err = errors.Join(err, g.Release(ctx, child)); err != nil {
-		return nil, err
-	}
-	return e, nil
+	return g.open(ctx, cfg, origin{})
 }
 
 // detach takes e out of the graph, drops its permissions and gives its reference
@@ -174,6 +145,9 @@ func (g *Graph) openChild(ctx context.Context, parent *Node, name string, role R
 func (g *Graph) detach(ctx context.Context, e *Edge) error {
 	return g.change(ctx, func(t *tx) error {
 		t.unlink(e)
+		if r := e.root; r != nil && r.id != "" {
+			delete(g.ids, r.id)
+		}
 		return nil
 	})
 }
@@ -205,6 +179,9 @@ func (g *Graph) dismantle(ctx context.Context, n *Node) error {
 	var errs []error
 	for _, e := range slices.Backward(n.Children()) {
 		errs = append(errs, g.detach(ctx, e))
+	}
+	if n.storage != nil {
+		errs = append(errs, n.storage.Close())
 	}
 	g.mu.Lock()
 	delete(g.nodes, n.name)

@@ -229,7 +229,7 @@ func TestConfigsThatContradictThemselves(t *testing.T) {
 		"Unknown driver 'x'": func(c *block.Config) { c.Driver = "x" },
 		"force-share=on can only be used with read-only images":                                    func(c *block.Config) { c.ForceShare = true },
 		"setting detect-zeroes to unmap is not allowed without setting discard operation to unmap": func(c *block.Config) { c.DetectZeroes = block.DetectZeroesUnmap; c.Unmap = false },
-		"Failed to find node with node-name='x'":                                                   func(c *block.Config) { *c = *ref("x") },
+		"Cannot find device='x' nor node-name='x'":                                                 func(c *block.Config) { *c = *ref("x") },
 	} {
 		c := disk("", 512)
 		change(c)

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"io"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -8,9 +9,11 @@ import (
 
 // A Node is an opened driver in a graph.
 type Node struct {
-	graph  *Graph
-	name   string
-	driver *Driver
+	graph    *Graph
+	name     string
+	driver   *Driver
+	explicit atomic.Pointer[Config] // see ExplicitConfig
+	storage  io.Closer              // of a temporary overlay, closed last; nil: none
 
 	// Set once, before the node can be found.
 	inst       Instance
@@ -34,6 +37,7 @@ type Node struct {
 	quiesce      int  // drained sections of the node's own, and children that are drained
 	perm, shared Perm // what the parents hold and share in sum
 	blockers     []blocker
+	heir         heir // of the parent that opened the node as its child
 
 	pauseMu sync.Mutex // held while the driver is told of a drain
 	paused  bool       // what it was told last
@@ -44,6 +48,12 @@ type Node struct {
 	writes writeRanges
 
 	gmu sync.Mutex // held while a write makes the node longer, see growTo
+}
+
+// A heir inherits options from a parent (rule G9), for whom it has a role.
+type heir struct {
+	parent *Node // nil: from none
+	role   Role
 }
 
 func (n *Node) setInstance(inst Instance) {
@@ -82,6 +92,10 @@ func (n *Node) Instance() Instance { return n.inst }
 // Config is the effective configuration. It must not be changed. A reopen replaces it.
 func (n *Node) Config() *Config { return n.cfg() }
 
+// ExplicitConfig is the configuration without what the node inherits or fell back to,
+// but with what was found out: its driver and that one's options. It must not be changed. A reopen replaces it.
+func (n *Node) ExplicitConfig() *Config { return n.explicit.Load() }
+
 // Graph is the graph that the node belongs to.
 func (n *Node) Graph() *Graph { return n.graph }
 
@@ -114,20 +128,6 @@ func (n *Node) Child(name string) *Edge {
 // Backing is the edge to the child that is read where this node holds nothing
 // (role COW), or nil. It stands for the same child from the begin of a request to its end.
 func (n *Node) Backing() *Edge { return n.cow.Load() }
-
-// Filename is the file name of the image: that of the child that stands for it, down
-// to the protocol node. It is "" where there is none.
-func (n *Node) Filename() string {
-	if f, ok := n.inst.(Named); ok {
-		return f.Filename()
-	}
-	for _, e := range n.Children() {
-		if e.role&RolePrimary != 0 {
-			return e.Node().Filename()
-		}
-	}
-	return ""
-}
 
 // Quiesced tells how many drained sections the node is in: its own, and one for each child that is drained.
 func (n *Node) Quiesced() int {

@@ -60,7 +60,7 @@ func (e *Edge) wanted() (perm, shared Perm) {
 		return e.root.perm, e.root.shared
 	}
 	perm, shared = e.parent.cumulative()
-	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.Node().cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
+	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.parent.cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
 }
 
 // cumulative sums up what the parents hold and share.

@@ -11,7 +11,10 @@ import (
 
 // RootConfig describes a root.
 type RootConfig struct {
-	User   string // who it is, for error texts: "export 'disk0'"
+	User string // who it is, for error texts: "export 'disk0'"
+	// ID is a name by which the node below can be referred to, "" for none. Nodes and
+	// roots have one space of names.
+	ID     string
 	Node   *Node
 	Perm   Perm // what the user needs
 	Shared Perm // what others may hold meanwhile
@@ -39,7 +42,7 @@ type RootConfig struct {
 // there is refused with [ErrReadOnly].
 type Root struct {
 	edge         Edge
-	user         string
+	user, id     string
 	perm, shared Perm
 	writeFlags   ReqFlags // added to each write
 	graph        *Graph
@@ -66,7 +69,7 @@ const gateClosed = 1
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
 // It fails if the permissions conflict with those of other users, naming both.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, perm: cfg.Perm, shared: cfg.Shared, graph: g, onResize: cfg.OnResize, busy: cfg.Busy,
+	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
@@ -75,7 +78,13 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 	r.edge.child.Store(cfg.Node)
 	r.known = r.Size()
 	r.self = r.NewLane(0, nil)
-	if err := g.change(ctx, func(t *tx) error { return t.link(&r.edge) }); err != nil {
+	err := g.change(ctx, func(t *tx) error {
+		if err := t.claim(r); err != nil {
+			return err
+		}
+		return t.link(&r.edge)
+	})
+	if err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -92,6 +101,23 @@ func (r *Root) Detach(ctx context.Context) error {
 		err = r.edge.Flush(ctx)
 	}
 	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+}
+
+// claim enters r's id, if it has one.
+func (t *tx) claim(r *Root) error {
+	switch ids := t.g.ids; {
+	case r.id == "":
+	case len(r.id) > maxNodeName || !nodeName.MatchString(r.id):
+		return refuse(ErrInvalid, "Invalid device name '%s'", r.id)
+	case ids[r.id] != nil:
+		return refuse(ErrBusy, "Device with id '%s' already exists", r.id)
+	case t.g.nodes[r.id] != nil:
+		return refuse(ErrBusy, "Device name '%s' conflicts with an existing node name", r.id)
+	default:
+		ids[r.id] = r
+		t.onAbort(func() { delete(ids, r.id) })
+	}
+	return nil
 }
 
 // Node is the node below the root.
