@@ -164,8 +164,8 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 		return nil
 	}
 	var err error
-	if !n.cfg().ReadOnly && !n.cfg().NoIO {
-		err = n.inst.Flush(ctx)
+	if !n.cfg().NoIO {
+		err = n.flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))
 	if err != nil {

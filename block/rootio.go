@@ -105,3 +105,8 @@ func (r *Root) BlockStatus(ctx context.Context, off, length int64, precise bool)
 	}
 	return x, err
 }
+
+// ReadSerialised is [Edge.ReadSerialised]; the range must lie inside the node.
+func (r *Root) ReadSerialised(ctx context.Context, p []byte, off int64) error {
+	return r.edge.ReadSerialised(ctx, p, off)
+}
