@@ -253,9 +253,8 @@ type BitmapOptions struct {
 // A BitmapChange is a step of [Graph.ChangeBitmaps].
 type BitmapChange struct {
 	nodes []*Node
-	// prepare checks and does what can be undone. What it returns cannot fail and is
-	// called when all steps are prepared; nil: nothing. Graph.mu is held.
-	prepare func(t *tx) (commit func(), err error)
+	// edit leaves bits for t's commit, so that there is nothing to undo with them.
+	edit func(t *tx) error
 }
 
 // ChangeBitmaps does the steps at one moment, while their nodes are drained: no
@@ -270,35 +269,26 @@ func (g *Graph) ChangeBitmaps(ctx context.Context, steps ...BitmapChange) error 
 			}
 		}
 	}
-	return g.drained(ctx, func() error {
-		return g.change(ctx, func(t *tx) error {
-			var commits []func()
-			for _, s := range steps {
-				f, err := s.prepare(t)
-				if err != nil {
-					return err
-				}
-				if f != nil {
-					commits = append(commits, f)
-				}
+	return g.reshape(ctx, func(t *tx) error {
+		t.touch(nodes...)
+		for _, s := range steps {
+			if err := s.edit(t); err != nil {
+				return err
 			}
-			for _, f := range commits {
-				f()
-			}
-			return nil
-		})
+		}
+		return nil
 	}, nodes...)
 }
 
 // AddBitmap makes a clean bitmap of n.
 func AddBitmap(n *Node, o BitmapOptions) BitmapChange {
-	return BitmapChange{[]*Node{n}, func(t *tx) (func(), error) {
+	return BitmapChange{[]*Node{n}, func(t *tx) error {
 		b, err := n.newBitmap(o)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		t.setBitmaps(n, append(n.Bitmaps(), b))
-		return nil, nil
+		return nil
 	}}
 }
 
@@ -352,31 +342,32 @@ func (t *tx) setBitmaps(n *Node, all []*Bitmap) {
 }
 
 // bitmapStep makes a step that concerns the bitmap of n called name.
-func bitmapStep(n *Node, name string, prepare func(t *tx, b *Bitmap) (func(), error)) BitmapChange {
-	return BitmapChange{[]*Node{n}, func(t *tx) (func(), error) {
+func bitmapStep(n *Node, name string, edit func(t *tx, b *Bitmap) error) BitmapChange {
+	return BitmapChange{[]*Node{n}, func(t *tx) error {
 		b, err := n.Bitmap(name)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		return prepare(t, b)
+		return edit(t, b)
 	}}
 }
 
 // RemoveBitmap takes a bitmap away. One that is inconsistent can be removed.
 func RemoveBitmap(n *Node, name string) BitmapChange {
-	return bitmapStep(n, name, func(t *tx, b *Bitmap) (func(), error) {
+	return bitmapStep(n, name, func(t *tx, b *Bitmap) error {
 		if err := b.changeable(); err != nil && (b.busy || b.readOnly) {
-			return nil, err
+			return err
 		}
 		t.setBitmaps(n, slices.DeleteFunc(n.Bitmaps(), func(o *Bitmap) bool { return o == b }))
-		return nil, nil
+		return nil
 	})
 }
 
 // ClearBitmap makes a bitmap clean.
 func ClearBitmap(n *Node, name string) BitmapChange {
-	return bitmapStep(n, name, func(_ *tx, b *Bitmap) (func(), error) {
-		return func() { b.bits.Store(new(bitSet)) }, b.changeable()
+	return bitmapStep(n, name, func(t *tx, b *Bitmap) error {
+		t.onCommit(func() { b.bits.Store(new(bitSet)) })
+		return b.changeable()
 	})
 }
 
@@ -387,15 +378,15 @@ func EnableBitmap(n *Node, name string) BitmapChange { return enable(n, name, tr
 func DisableBitmap(n *Node, name string) BitmapChange { return enable(n, name, false) }
 
 func enable(n *Node, name string, on bool) BitmapChange {
-	return bitmapStep(n, name, func(t *tx, b *Bitmap) (func(), error) {
+	return bitmapStep(n, name, func(t *tx, b *Bitmap) error {
 		if err := b.usable(); err != nil {
-			return nil, err
+			return err
 		}
 		disabled := b.disabled
 		t.onAbort(func() { b.disabled = disabled })
 		b.disabled = !on
 		t.setBitmaps(n, n.Bitmaps())
-		return nil, nil
+		return nil
 	})
 }
 
@@ -408,29 +399,24 @@ type BitmapSource struct {
 // MergeBitmaps adds to the target, a bitmap of n, what is dirty in the sources, which
 // may have other granularities and be of other nodes of the same size.
 func MergeBitmaps(n *Node, target string, sources ...BitmapSource) BitmapChange {
-	step := bitmapStep(n, target, func(_ *tx, b *Bitmap) (func(), error) {
+	step := bitmapStep(n, target, func(t *tx, b *Bitmap) error {
 		if err := b.changeable(); err != nil {
-			return nil, err
+			return err
 		}
-		var from []*Bitmap
 		for _, s := range sources {
 			src, err := s.Node.Bitmap(s.Name)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			if err := src.usable(); err != nil {
-				return nil, err
+				return err
 			}
 			if have, want := src.node.Size(), n.Size(); have != want {
-				return nil, refuse(ErrInvalid, "Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", want, have)
+				return refuse(ErrInvalid, "Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", want, have)
 			}
-			from = append(from, src)
+			t.onCommit(func() { b.merge(src) })
 		}
-		return func() {
-			for _, src := range from {
-				b.merge(src)
-			}
-		}, nil
+		return nil
 	})
 	for _, s := range sources {
 		step.nodes = append(step.nodes, s.Node)

@@ -115,6 +115,9 @@ func TestG29OptionsOfABitmap(t *testing.T) {
 	}
 }
 
+// above describes a filter over the node of that name.
+func above(name string) *block.Config { return blocktest.SlowConfig(blocktest.NewGate(), ref(name)) }
+
 // storer is an image with a cluster size that stores bitmaps of some names.
 type storer struct {
 	blocktest.Nothing
@@ -140,7 +143,7 @@ func TestG29DefaultGranularityIsTheClusterSize(t *testing.T) {
 	for cluster, want := range map[int64]int64{0: 64 << 10, 512: 4096, 4096: 4096, 32 << 10: 32 << 10, 64 << 10: 64 << 10, 2 << 20: 64 << 10} {
 		g := blocktest.NewGraph(t, testDriver(), storerDriver(block.ImageInfo{ClusterSize: cluster}))
 		n := opened(t, g, &block.Config{Driver: "storer", NodeName: "s"})
-		top := opened(t, g, node("top", new(events), filter, ref("s")))
+		top := opened(t, g, above("s"))
 		for _, n := range []*block.Node{n, top} {
 			if b := add(t, n, block.BitmapOptions{Name: "b"}); b.Granularity() != want {
 				t.Errorf("clusters of %d: granularity %d on %s, want %d", cluster, b.Granularity(), n.Name(), want)
@@ -291,12 +294,12 @@ func TestG29BitmapsStayWithTheirNode(t *testing.T) {
 	n := opened(t, g, disk("d", 1<<20))
 	r := attached(t, n, "x", rd|wr, all)
 	b := add(t, n, block.BitmapOptions{Name: "b", Granularity: 4096})
-	f, err := g.InsertFilter(ctx, node("f", new(events), filter, ref("d")), n)
+	f, err := g.InsertFilter(ctx, above("d"), n)
 	must(t, err)
 	must(t, r.WriteAt(ctx, []byte{1}, 0, 0))
-	above := add(t, f, block.BitmapOptions{Name: "b", Granularity: 4096})
+	nearer := add(t, f, block.BitmapOptions{Name: "b", Granularity: 4096})
 	must(t, r.WriteAt(ctx, []byte{1}, 8192, 0))
-	if found, err := f.FindBitmap("b"); err != nil || found != above {
+	if found, err := f.FindBitmap("b"); err != nil || found != nearer {
 		t.Errorf("the bitmap of the node itself is not found: %v", err)
 	}
 	change(t, f, block.RemoveBitmap(f, "b"))

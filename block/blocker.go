@@ -1,8 +1,6 @@
 package block
 
-import (
-	"slices"
-)
+import "slices"
 
 // An Op is something that is done to a node as a whole and that a user of the node
 // can forbid meanwhile (rule G23).
@@ -71,8 +69,22 @@ func (n *Node) OpAllowed(o Op) error {
 func (n *Node) opAllowed(o Op) error {
 	for _, b := range n.blockers {
 		if b.ops&(1<<o) != 0 {
-			return refuse(ErrBusy, "Node '%s' is busy: %s", n.name, b.reason)
+			return n.blocked(b.reason)
+		}
+	}
+	for _, e := range n.parents {
+		if e.role&RoleCOW != 0 && !ofBacking(o) {
+			return n.blocked("node is used as backing hd of '" + e.parent.name + "'")
 		}
 	}
 	return nil
+}
+
+func (n *Node) blocked(reason string) error {
+	return refuse(ErrBusy, "Node '%s' is busy: %s", n.name, reason)
+}
+
+// ofBacking tells whether o may be done to a node that is a backing node (rule G18).
+func ofBacking(o Op) bool {
+	return o == OpCommitTarget || o == OpStream || o == OpBackupSource || o == OpBackupTarget
 }

@@ -30,6 +30,8 @@
 //	    Node.gmu       growth of such a node
 //	      locks inside an Instance
 //
-// Graph.mu is never held across I/O of a request path, and never taken by a
-// request. Drivers are opened and closed without it.
+// Graph.mu is never taken by a request, and never held across anything that may
+// wait for a disk, a lock or another process: drivers are opened, closed, drained and
+// asked for permissions without it. A transaction that asks for permissions has
+// occupied the nodes concerned (see tx.go), so that only changes of these wait for it.
 package block

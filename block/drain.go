@@ -2,65 +2,144 @@ package block
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync/atomic"
 )
 
 // DrainBegin stops the requests to the nodes (rule G16): the roots above them stop
 // admitting, the background work of the nodes and of those above pauses, and what
 // waits of its own accord, as in a throttle, is let go; then it waits until nothing
-// is in flight at these roots. Other roots go on. It is one section over all the
-// nodes, and sections nest. The nodes stay open until [Graph.DrainEnd].
+// is in flight at these roots, and no node above is being opened or closed. Other
+// roots go on. It is one section over all the nodes, and sections nest. The nodes stay
+// open until [Graph.DrainEnd].
 //
 // If ctx ends first, the drain is undone and the error says who was still busy.
+//
+// A node that is opened over a drained one inside the section reads from it while it
+// opens: only the owner of the section should have that done.
 func (g *Graph) DrainBegin(ctx context.Context, nodes ...*Node) error {
-	var q quiesced
 	g.mu.Lock()
+	var q quiesced
 	for _, n := range nodes {
-		n.refs++
 		q.close(n)
 	}
-	above := ancestors(nodes...)
-	roots := rootsAbove(above)
 	g.mu.Unlock()
-	err := g.pause(ctx, above)
-	for _, r := range roots {
-		if err == nil {
-			err = r.waitIdle(ctx)
-		}
-	}
-	if err == nil {
-		return nil
-	}
-	g.DrainEnd(nodes...)
-	return fmt.Errorf("drain of %s did not finish: %w", nodeList(nodes), err)
+	return g.finishDrain(ctx, nodes, func() { g.DrainEnd(nodes...) })
 }
 
 // DrainEnd ends a section that [Graph.DrainBegin] began with the same nodes.
 // Requests that waited start in their order.
 func (g *Graph) DrainEnd(nodes ...*Node) {
-	var q quiesced
 	g.mu.Lock()
+	var q quiesced
 	for _, n := range nodes {
 		q.open(n)
 	}
 	g.mu.Unlock()
 	g.settle(&q)
-	for _, n := range nodes {
-		if err := g.Release(context.Background(), n); err != nil {
-			g.log.Error("a node that was released while drained did not close well", "node", n.name, "err", err)
-		}
-	}
 }
 
-// DrainAll is DrainBegin for all nodes of the graph. The returned function ends the section.
+// DrainParentsBegin is DrainBegin for what is above the nodes: their own drivers go on
+// with background work. It ends with [Graph.DrainParentsEnd].
+func (g *Graph) DrainParentsBegin(ctx context.Context, nodes ...*Node) error {
+	g.mu.Lock()
+	var q quiesced
+	for _, n := range nodes {
+		q.closeAbove(n)
+	}
+	g.mu.Unlock()
+	return g.finishDrain(ctx, nodes, func() { g.DrainParentsEnd(nodes...) })
+}
+
+// DrainParentsEnd ends a section that [Graph.DrainParentsBegin] began with the same nodes.
+func (g *Graph) DrainParentsEnd(nodes ...*Node) {
+	g.mu.Lock()
+	var q quiesced
+	for _, n := range nodes {
+		q.openAbove(n)
+	}
+	g.mu.Unlock()
+	g.settle(&q)
+}
+
+// DrainAll is DrainBegin for all nodes of the graph, also those that are opened inside
+// the section: all roots are stopped before the first is waited for. The returned
+// function ends the section.
 func (g *Graph) DrainAll(ctx context.Context) (end func(), err error) {
-	nodes := g.Nodes()
-	if err := g.DrainBegin(ctx, nodes...); err != nil {
+	g.mu.Lock()
+	g.quiesce++
+	var q quiesced
+	var nodes []*Node
+	for _, n := range g.nodes {
+		q.close(n)
+		nodes = append(nodes, n)
+	}
+	g.mu.Unlock()
+	if err := g.finishDrain(ctx, nodes, g.drainAllEnd); err != nil {
 		return nil, err
 	}
-	return func() { g.DrainEnd(nodes...) }, nil
+	return g.drainAllEnd, nil
+}
+
+func (g *Graph) drainAllEnd() {
+	g.mu.Lock()
+	g.quiesce--
+	var q quiesced
+	for _, n := range g.nodes {
+		q.open(n)
+	}
+	g.mu.Unlock()
+	g.settle(&q)
+}
+
+// finishDrain waits until the nodes, whose gates are closed, are drained. On an error
+// it calls undo.
+func (g *Graph) finishDrain(ctx context.Context, nodes []*Node, undo func()) error {
+	g.mu.Lock()
+	above := ancestors(nodes...)
+	roots := rootsAbove(above)
+	working := slices.DeleteFunc(above, func(n *Node) bool { _, ok := n.inst.(Quiescer); return !ok })
+	g.mu.Unlock()
+	err := g.pause(ctx, working)
+	for _, r := range roots {
+		err = both(err, r.waitIdle(ctx)) // after the end of ctx, it tells who is busy
+	}
+	err = both(err, g.waitReady(ctx, nodes))
+	if err == nil {
+		return nil
+	}
+	undo()
+	return fmt.Errorf("drain of %s did not finish: %w", nodeList(nodes), err)
+}
+
+func both(err, more error) error {
+	switch {
+	case err == nil:
+		return more
+	case more == nil:
+		return err
+	}
+	return fmt.Errorf("%w; %w", err, more)
+}
+
+// waitReady waits until the drivers of the nodes, and of those above, open and close none of them.
+func (g *Graph) waitReady(ctx context.Context, nodes []*Node) error {
+	for {
+		g.mu.Lock()
+		above, ready := ancestors(nodes...), g.ready
+		i := slices.IndexFunc(above, func(n *Node) bool { return n.busy && !n.waiting })
+		g.mu.Unlock()
+		if i < 0 {
+			return nil
+		}
+		select {
+		case <-ready:
+		case <-ctx.Done():
+			return fmt.Errorf("node '%s' is still being opened or closed: %w", above[i].name, ctx.Err())
+		}
+	}
 }
 
 // drained runs f while the nodes are drained.
@@ -99,17 +178,31 @@ func rootsAbove(nodes []*Node) []*Root {
 // quiesced collects whose drain counts have changed, for [Graph.settle] to follow.
 // Counts change under Graph.mu; gates close at once and open when all is settled.
 type quiesced struct {
-	nodes []*Node
+	nodes []*Node // whose drivers are to be told
 	roots []*Root // whose gate may open
+	dead  []*Node // that nobody uses, kept for the section; they are busy from now on
 }
 
 // close counts one more reason for n to be drained.
 func (q *quiesced) close(n *Node) {
 	n.quiesce++
-	if n.quiesce > 1 {
-		return
+	if n.quiesce == 1 {
+		q.nodes = append(q.nodes, n)
 	}
-	q.nodes = append(q.nodes, n)
+	if n.quiesce+n.still == 1 {
+		q.closeParents(n)
+	}
+}
+
+// closeAbove counts one more reason for n's parents to be drained.
+func (q *quiesced) closeAbove(n *Node) {
+	n.still++
+	if n.quiesce+n.still == 1 {
+		q.closeParents(n)
+	}
+}
+
+func (q *quiesced) closeParents(n *Node) {
 	for _, e := range n.parents {
 		q.closeParent(e)
 	}
@@ -127,12 +220,27 @@ func (q *quiesced) closeParent(e *Edge) {
 // open takes one reason away.
 func (q *quiesced) open(n *Node) {
 	n.quiesce--
-	if n.quiesce > 0 {
+	if n.quiesce == 0 {
+		q.nodes = append(q.nodes, n)
+	}
+	q.openParents(n)
+}
+
+func (q *quiesced) openAbove(n *Node) {
+	n.still--
+	q.openParents(n)
+}
+
+func (q *quiesced) openParents(n *Node) {
+	if n.held() {
 		return
 	}
-	q.nodes = append(q.nodes, n)
 	for _, e := range n.parents {
 		q.openParent(e)
+	}
+	if n.dead() {
+		n.busy = true
+		q.dead = append(q.dead, n)
 	}
 }
 
@@ -145,7 +253,8 @@ func (q *quiesced) openParent(e *Edge) {
 	q.roots = append(q.roots, e.root)
 }
 
-// settle tells drivers, then opens the gates that nothing keeps closed.
+// settle tells drivers, opens the gates that nothing keeps closed, and closes nodes
+// that were released meanwhile.
 func (g *Graph) settle(q *quiesced) {
 	for _, n := range q.nodes {
 		n.tell(false)
@@ -162,15 +271,26 @@ func (g *Graph) settle(q *quiesced) {
 	for _, r := range open {
 		r.resumeLanes()
 	}
+	for _, n := range q.dead {
+		if err := g.close(context.Background(), n); err != nil {
+			g.log.Error("a node that was released while drained did not close well", "node", n.name, "err", err)
+		}
+	}
 }
 
-// pause tells drivers that they are drained. Background work may take long to
-// pause; if ctx ends first it is left to do so.
+// pause tells the drivers of the nodes, which have background work, that they are
+// drained. That may take long to pause; if ctx ends first it is left to do so.
 func (g *Graph) pause(ctx context.Context, nodes []*Node) error {
+	if len(nodes) == 0 {
+		return nil
+	}
 	told := make(chan struct{})
+	var at atomic.Pointer[Node]
+	at.Store(nodes[0])
 	g.telling.Go(func() {
 		defer close(told)
 		for _, n := range nodes {
+			at.Store(n)
 			n.tell(true)
 		}
 	})
@@ -178,7 +298,7 @@ func (g *Graph) pause(ctx context.Context, nodes []*Node) error {
 	case <-told:
 		return nil
 	case <-ctx.Done():
-		return errors.Join(errors.New("background work did not pause"), ctx.Err())
+		return fmt.Errorf("background work of node '%s' did not pause: %w", at.Load().name, ctx.Err())
 	}
 }
 
@@ -213,8 +333,21 @@ func (n *Node) tell(wait bool) {
 func (n *Node) quiescer() (q Quiescer, drained bool) {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()
-	q, _ = n.inst.(Quiescer)
+	if !n.busy {
+		q, _ = n.inst.(Quiescer)
+	}
 	return q, n.quiesce > 0
+}
+
+// resume tells the driver of a node that is about to be closed, and will not be told
+// anything any more, that it is not drained.
+func (n *Node) resume() {
+	n.pauseMu.Lock()
+	defer n.pauseMu.Unlock()
+	if n.paused {
+		n.paused = false
+		n.inst.(Quiescer).DrainEnd()
+	}
 }
 
 // resumeLanes tells those that were refused that the gate is open.

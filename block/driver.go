@@ -29,6 +29,8 @@ type Driver struct {
 	// that ends in ".*" stands for a list ("children.*": children.0, children.1, ...).
 	// nil: "file" for formats and filters, none for protocols.
 	Children []string
+	// Mutable names the driver's own options that a reopen may change, see [Reopener].
+	Mutable []string
 	// NewOptions returns a pointer to the driver's own options with their defaults.
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens
@@ -107,7 +109,8 @@ type Config struct {
 	// protocol node no lock (probing, image info). Children that hold metadata are
 	// opened as if it were not set: they share what [Role] says, see ForceShare.
 	NoIO bool
-	// Inactive opens the node inactive (active=off).
+	// Inactive opens the node, and the children that it opens itself, inactive
+	// (active=off): without locks, permissions and caches. See [Graph.SetActive].
 	Inactive bool
 	// Given says which fields count although they are zero: where a field is zero and
 	// not given, a child inherits it from its parent.
@@ -202,6 +205,7 @@ func inherit(parent *Config, role Role, child *Config) *Config {
 		from(&c.ReadOnly, GivenReadOnly, parent.ReadOnly)
 		from(&c.AutoReadOnly, GivenAutoReadOnly, parent.AutoReadOnly)
 	}
+	c.Inactive = c.Inactive || parent.Inactive
 	if role&RoleMetadata == 0 {
 		c.NoIO = c.NoIO || parent.NoIO
 	}

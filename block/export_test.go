@@ -19,6 +19,13 @@ func (n *Node) Parents() []*Edge {
 	return append([]*Edge(nil), n.parents...)
 }
 
+// Claimed tells whether the node is being changed as a whole.
+func (n *Node) Claimed() bool {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.claim != nil
+}
+
 // User names the parent.
 func (e *Edge) User() string { return e.user() }
 
@@ -27,4 +34,14 @@ func (n *Node) Refs() int {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()
 	return n.refs
+}
+
+// Held tells what the node's driver holds on to beyond what the parents need; "" for nothing.
+func (n *Node) Held() string {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	if n.kept == (kept{}) {
+		return ""
+	}
+	return n.kept.perm.String() + "/" + n.kept.unshared.String()
 }

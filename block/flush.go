@@ -21,7 +21,7 @@ type flushes struct {
 // flush makes every write that has ended durable. Formats and filters are always
 // asked: what they hold back need not come of requests, and their children skip.
 func (n *Node) flush(ctx context.Context) error {
-	if n.cfg().ReadOnly {
+	if n.cfg().ReadOnly || n.cfg().NoIO {
 		return nil
 	}
 	if n.driver.Kind != Protocol {
@@ -83,3 +83,12 @@ func (n *Node) changed(ctx context.Context, off, length int64, durable bool) {
 
 // unsafe tells whether nothing is ever made durable here (cache.no-flush).
 func (n *Node) unsafe() bool { return n.driver.Kind == Protocol && n.cfg().Cache.NoFlush }
+
+// othersMayHaveWritten makes certain again what is known of the data of a node that
+// another process may have used meanwhile. Nothing is in flight.
+func (n *Node) othersMayHaveWritten() {
+	n.flushes.forget()
+	if b := n.bitmaps.Load(); b != nil {
+		b.mark(n, 0, n.inst.Size())
+	}
+}

@@ -20,17 +20,19 @@ type Graph struct {
 	allow   map[string]bool // drivers that may be used, and whether for writing; nil: all
 	overlay func(ctx context.Context, g *Graph, size int64) (Overlay, error)
 
-	mu    sync.Mutex // guards all below, and the fields of nodes and edges that say so
-	nodes map[string]*Node
-	ids   map[string]*Root // by RootConfig.ID: one space of names with nodes
-	auto  int              // number of the next made-up node name
+	mu      sync.Mutex // guards all below, and the fields of nodes and edges that say so
+	nodes   map[string]*Node
+	ids     map[string]*Root // by RootConfig.ID: one space of names with nodes
+	auto    int              // number of the next made-up node name
+	quiesce int              // drained sections of all nodes, those to come included
+	ready   chan struct{}    // closed and replaced when a node has been opened or closed
 
 	telling sync.WaitGroup // drivers that are told of a drain that was given up
 }
 
 // NewGraph returns an empty graph that can open nodes of the given drivers.
 func NewGraph(log *slog.Logger, drivers ...*Driver) *Graph {
-	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node), ids: make(map[string]*Root)}
+	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node), ids: make(map[string]*Root), ready: make(chan struct{})}
 	for _, d := range drivers {
 		g.drivers[d.Name] = d
 	}
@@ -96,6 +98,11 @@ func (g *Graph) lookup(name string) (*Node, error) {
 func (g *Graph) Nodes() []*Node {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.openNodes()
+}
+
+// openNodes is Nodes. Graph.mu is held.
+func (g *Graph) openNodes() []*Node {
 	var ns []*Node
 	for _, n := range g.nodes {
 		if n.inst != nil && n.refs > 0 {
@@ -127,6 +134,7 @@ func (g *Graph) reserve(n *Node, name string) error {
 		return fmt.Errorf("Duplicate nodes with node-name='%s'", name)
 	}
 	n.name = name
+	n.quiesce = g.quiesce
 	g.nodes[name] = n
 	return nil
 }
@@ -141,30 +149,44 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 }
 
 // detach takes e out of the graph, drops its permissions and gives its reference
-// back. Only that can fail: e is gone nevertheless.
+// back. The error is that ctx ended in the wait for another change of the permissions,
+// and e is still there, or what went wrong with closing the node.
 func (g *Graph) detach(ctx context.Context, e *Edge) error {
 	return g.change(ctx, func(t *tx) error {
 		t.unlink(e)
 		if r := e.root; r != nil && r.id != "" {
-			delete(g.ids, r.id)
+			t.onCommit(func() { delete(g.ids, r.id) })
 		}
 		return nil
 	})
 }
 
-// Release gives a reference back. With the last one the node is flushed and
-// closed, its children released and its name freed. The error is what went wrong
-// in that; the node is gone nevertheless.
+// Release gives a reference back. With the last one the node is flushed and closed,
+// its children released and its name freed. The error is what went wrong in that; the
+// node is gone nevertheless.
+//
+// A node that is drained is closed by the end of the section, because closing it
+// reaches its children. What goes wrong then is logged.
 func (g *Graph) Release(ctx context.Context, n *Node) error {
 	g.mu.Lock()
 	n.refs--
-	last := n.refs == 0
+	closes := n.dead()
+	n.busy = n.busy || closes
 	g.mu.Unlock()
-	if !last {
+	if !closes {
 		return nil
 	}
+	return g.close(ctx, n)
+}
+
+// dead tells whether n is to be closed now. Graph.mu is held.
+func (n *Node) dead() bool { return n.refs == 0 && !n.held() && !n.busy }
+
+// close closes a node that nobody uses, and that is busy from now on.
+func (g *Graph) close(ctx context.Context, n *Node) error {
+	n.resume()
 	var err error
-	if !n.cfg().NoIO {
+	if n.Active() {
 		err = n.flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))
@@ -176,6 +198,7 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 
 // dismantle detaches the children of a closed or never opened node and frees its name.
 func (g *Graph) dismantle(ctx context.Context, n *Node) error {
+	ctx = context.WithoutCancel(ctx)
 	var errs []error
 	for _, e := range slices.Backward(n.Children()) {
 		errs = append(errs, g.detach(ctx, e))
@@ -185,6 +208,13 @@ func (g *Graph) dismantle(ctx context.Context, n *Node) error {
 	}
 	g.mu.Lock()
 	delete(g.nodes, n.name)
+	g.signalReady()
 	g.mu.Unlock()
 	return errors.Join(errs...)
+}
+
+// signalReady wakes those who wait for nodes to be opened or closed. Graph.mu is held.
+func (g *Graph) signalReady() {
+	close(g.ready)
+	g.ready = make(chan struct{})
 }

@@ -55,6 +55,7 @@ type nodeOptions struct {
 	kids   []kid
 	fail   error                               // of Open, after the children were opened
 	veto   func(perm, shared block.Perm) error // of CheckPerm
+	call   func(step string) error             // of a life node: asked at each step of its life
 }
 
 type testNode struct {

@@ -21,18 +21,8 @@ func (n *Node) info() ImageInfo {
 	if i, ok := n.inst.(Informer); ok {
 		return i.ImageInfo()
 	}
-	if c := n.filteredChild(); c != nil {
-		return c.info()
+	if e := n.filteredEdge(); e != nil {
+		return e.Node().info()
 	}
 	return ImageInfo{}
-}
-
-// filteredChild is the node that n is a filter of, or nil. Graph.mu is held.
-func (n *Node) filteredChild() *Node {
-	for _, e := range n.children {
-		if e.role&RoleFiltered != 0 {
-			return e.Node()
-		}
-	}
-	return nil
 }

@@ -24,6 +24,7 @@ type Node struct {
 	prefetcher Prefetcher
 	truncater  Truncater
 	permitter  Permitter
+	debugger   Debugger
 
 	// Read by requests; they change only while the node is drained.
 	config atomic.Pointer[Config] // effective
@@ -31,14 +32,22 @@ type Node struct {
 	cow    atomic.Pointer[Edge] // the child that is read where this node holds nothing; nil: none
 	// bitmaps changes under Graph.mu too; nil: there are none.
 	bitmaps atomic.Pointer[bitmapSet]
+	// inactive is written under Graph.mu too.
+	inactive atomic.Bool
 
 	// Guarded by Graph.mu.
 	refs         int
+	busy         bool   // the driver is opening or closing it
+	waiting      bool   // a change of its edges waits for another one, and with it what busy is about
+	claim        *claim // somebody changes the node as a whole
 	parents      []*Edge
 	children     []*Edge
-	quiesce      int  // drained sections of the node's own, and children that are drained
+	quiesce      int  // drained sections of the node's own, and children that hold up their parents
+	still        int  // drained sections of the parents only
 	perm, shared Perm // what the parents hold and share in sum
+	kept         kept
 	blockers     []blocker
+	tx           *tx  // that alone may change edges and permissions now; nil: none
 	heir         heir // of the parent that opened the node as its child
 
 	pauseMu sync.Mutex // held while the driver is told of a drain
@@ -68,6 +77,7 @@ func (n *Node) setInstance(inst Instance) {
 	n.prefetcher, _ = inst.(Prefetcher)
 	n.truncater, _ = inst.(Truncater)
 	n.permitter, _ = inst.(Permitter)
+	n.debugger, _ = inst.(Debugger)
 }
 
 // refreshLimits asks the driver for its limits.
@@ -119,7 +129,14 @@ func (n *Node) Children() []*Edge {
 
 // Child returns the edge called name, or nil.
 func (n *Node) Child(name string) *Edge {
-	for _, e := range n.Children() {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	return n.child(name)
+}
+
+// child is Child. Graph.mu is held.
+func (n *Node) child(name string) *Edge {
+	for _, e := range n.children {
 		if e.name == name {
 			return e
 		}
@@ -131,7 +148,11 @@ func (n *Node) Child(name string) *Edge {
 // (role COW), or nil. It stands for the same child from the begin of a request to its end.
 func (n *Node) Backing() *Edge { return n.cow.Load() }
 
-// Quiesced tells how many drained sections the node is in: its own, and one for each child that is drained.
+// held tells whether the parents are drained. Graph.mu is held.
+func (n *Node) held() bool { return n.quiesce > 0 || n.still > 0 }
+
+// Quiesced tells how many drained sections the node is in: its own, and one for each
+// child whose parents are drained.
 func (n *Node) Quiesced() int {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()

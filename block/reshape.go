@@ -7,28 +7,44 @@ import (
 	"slices"
 )
 
-// The changes of a graph in use (rules G17, G18, G28). Each drains just the nodes
-// concerned and is a transaction: on an error the graph is what it was. ctx bounds the
-// wait for the drain. The nodes that are named must stay referenced by the caller.
+// The changes of a graph in use (rules G17, G18, G28). Each drains just the nodes whose
+// users or children change, and is a transaction: on an error the graph is what it was.
+// ctx bounds the wait for the drain. The nodes that are named must stay referenced by
+// the caller. Other changes may go on in parallel.
+
+// reshape runs edit as a transaction while the nodes are drained.
+func (g *Graph) reshape(ctx context.Context, edit func(t *tx) error, nodes ...*Node) error {
+	return g.drained(ctx, func() error { return g.change(ctx, edit) }, nodes...)
+}
 
 // Replace makes all users of from use to instead, except those inside to's own
-// subtree: the edge by which a filter or overlay uses from stays. Clients notice a
-// pause only.
+// subtree (the edge by which a filter or overlay uses from stays), and roots that are
+// to stay. Clients notice a pause only.
 func (g *Graph) Replace(ctx context.Context, from, to *Node) error {
 	if err := from.OpAllowed(OpReplace); err != nil {
 		return err
 	}
-	return g.drained(ctx, func() error {
-		return g.change(ctx, func(t *tx) error { return t.replace(from, to) })
-	}, from, to)
+	return g.reshape(ctx, func(t *tx) error {
+		if err := from.opAllowed(OpReplace); err != nil {
+			return err
+		}
+		return t.replace(from, to, true)
+	}, from)
 }
 
-// replace moves the parents of from to to. Both are drained.
-func (t *tx) replace(from, to *Node) error {
+// replace moves the parents of from, which is drained, to to. skip tells whether
+// roots that are to stay may do so, or are an error.
+func (t *tx) replace(from, to *Node, skip bool) error {
 	inside := topological(to)
 	for _, e := range slices.Clone(from.parents) {
-		if e.parent != nil && slices.Contains(inside, e.parent) {
+		switch {
+		case e.parent != nil && slices.Contains(inside, e.parent):
 			continue
+		case e.root != nil && e.root.stays:
+			if skip {
+				continue
+			}
+			return refuse(ErrBusy, "Should not change '%s' link to '%s'", e.name, from.name)
 		}
 		if err := t.move(e, to); err != nil {
 			return err
@@ -46,12 +62,12 @@ func (g *Graph) InsertFilter(ctx context.Context, cfg *Config, n *Node) (*Node, 
 		return nil, err
 	}
 	if child := f.filtered(); child == nil || child.Node() != n {
-		err = refuse(ErrInvalid, "node '%s' is no filter of node '%s'", f.name, n.name)
+		err = refuse(ErrInvalid, "Node '%s' is no filter of node '%s'", f.name, n.name)
 	} else {
-		err = g.Replace(ctx, n, f)
+		err = g.reshape(ctx, func(t *tx) error { return t.replace(n, f, true) }, n)
 	}
 	if err != nil {
-		return nil, errors.Join(err, g.Release(ctx, f))
+		return nil, errors.Join(err, g.Release(context.WithoutCancel(ctx), f))
 	}
 	return f, nil
 }
@@ -59,61 +75,66 @@ func (g *Graph) InsertFilter(ctx context.Context, cfg *Config, n *Node) (*Node, 
 // RemoveFilter makes the users of filter f use its child instead. f stays open, for
 // those who hold references to it.
 func (g *Graph) RemoveFilter(ctx context.Context, f *Node) error {
-	child := f.filtered()
-	if child == nil {
-		return refuse(ErrInvalid, "node '%s' is no filter", f.name)
-	}
-	below := child.Node()
-	return g.drained(ctx, func() error {
-		return g.change(ctx, func(t *tx) error { return t.replace(f, below) })
-	}, f, below)
-}
-
-// filtered is the edge to the node that n is a filter of, or nil.
-func (n *Node) filtered() *Edge {
-	for _, e := range n.Children() {
-		if e.role&RoleFiltered != 0 {
-			return e
+	return g.reshape(ctx, func(t *tx) error {
+		child := f.filteredEdge()
+		if child == nil {
+			return refuse(ErrInvalid, "Node '%s' is no filter", f.name)
 		}
-	}
-	return nil
+		return t.replace(f, child.Node(), true)
+	}, f)
 }
 
-// AppendOverlay puts overlay, which has no backing node yet, on top of base: base
-// becomes its backing node, and base's users use overlay instead (a live snapshot).
+// AppendOverlay puts overlay, which has no backing node and no users yet, on top of
+// base: base becomes its backing node, and base's users use overlay instead (a live
+// snapshot). What they have written is made durable first, because their flushes go to
+// overlay from then on.
 func (g *Graph) AppendOverlay(ctx context.Context, overlay, base *Node) error {
-	if err := base.OpAllowed(OpExternalSnapshot); err != nil {
-		return err
+	check := func() error {
+		if err := base.opAllowed(OpExternalSnapshot); err != nil {
+			return err
+		}
+		if err := overlay.opAllowed(OpExternalSnapshot); err != nil {
+			return err
+		}
+		switch {
+		case slices.ContainsFunc(overlay.parents, func(e *Edge) bool { return e.root != nil }):
+			return refuse(ErrBusy, "The overlay is already in use")
+		case overlay.Backing() != nil:
+			return refuse(ErrInvalid, "The overlay already has a backing image")
+		case !overlay.driver.Backing:
+			return refuse(ErrNotSupported, "The overlay does not support backing images")
+		}
+		return nil
 	}
-	if overlay.Backing() != nil {
-		return refuse(ErrInvalid, "The overlay '%s' already has a backing image", overlay.name)
+	g.mu.Lock()
+	err := check()
+	g.mu.Unlock()
+	if err != nil {
+		return err // without a pause
 	}
 	return g.drained(ctx, func() error {
+		if err := base.flush(ctx); err != nil {
+			return base.fail("flush", 0, 0, err)
+		}
 		return g.change(ctx, func(t *tx) error {
+			if err := check(); err != nil {
+				return err
+			}
 			if err := t.setBacking(overlay, base); err != nil {
 				return err
 			}
-			return t.replace(base, overlay)
+			return t.replace(base, overlay, true)
 		})
-	}, overlay, base)
+	}, base, overlay)
 }
 
 // SetBacking makes backing what n reads where it holds nothing; nil for zeroes. The
 // header of n's image keeps its backing file name, see [BackingChanger].
 func (g *Graph) SetBacking(ctx context.Context, n, backing *Node) error {
-	nodes := []*Node{n}
-	if old := n.Backing(); old != nil {
-		nodes = append(nodes, old.Node())
-	}
-	if backing != nil {
-		nodes = append(nodes, backing)
-	}
-	return g.drained(ctx, func() error {
-		return g.change(ctx, func(t *tx) error { return t.setBacking(n, backing) })
-	}, nodes...)
+	return g.reshape(ctx, func(t *tx) error { return t.setBacking(n, backing) }, n)
 }
 
-// setBacking links, moves or unlinks n's backing edge.
+// setBacking links, moves or unlinks the backing edge of n, which is drained.
 func (t *tx) setBacking(n, backing *Node) error {
 	if !n.driver.Backing {
 		return refuse(ErrNotSupported, "Driver '%s' of node '%s' does not support backing files", n.driver.Name, n.name)
@@ -124,108 +145,40 @@ func (t *tx) setBacking(n, backing *Node) error {
 		return nil
 	case e == nil:
 		return t.link(newEdge(n, backing, "backing", RoleCOW))
+	case e.Node() == backing:
+		return nil
+	case e.frozen > 0:
+		return refuse(ErrBusy, "Cannot change frozen '%s' link from '%s' to '%s'", e.name, n.name, e.Node().name)
 	case backing != nil:
 		return t.move(e, backing)
-	}
-	if err := e.mayChange(); err != nil {
-		return err
 	}
 	t.unlink(e)
 	return nil
 }
 
-// Freeze keeps the links from top down its backing chain to base as they are, until
-// thaw is called, once. base nil: to the end of the chain.
-func (g *Graph) Freeze(top, base *Node) (thaw func(), err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	var links []*Edge
-	for n := top; n != base; {
-		e := n.chainEdge()
-		if e == nil {
-			if base == nil {
-				break
-			}
-			return nil, notInChain(base, top)
-		}
-		links = append(links, e)
-		n = e.Node()
+// SetChild makes the child of n that is called name another node, in the role that the
+// old one has; for "backing" it is [Graph.SetBacking]. n must read the same from it.
+func (g *Graph) SetChild(ctx context.Context, n *Node, name string, child *Node) error {
+	return g.reshape(ctx, func(t *tx) error { return t.setChild(n, name, child) }, n)
+}
+
+func (t *tx) setChild(n *Node, name string, child *Node) error {
+	e := n.child(name)
+	switch {
+	case name == "backing" && n.driver.Kind != Filter:
+		return t.setBacking(n, child)
+	case e == nil && n.driver.Kind == Filter:
+		return refuse(ErrInvalid, "'%s' is a %s filter node that does not support a %s child", n.name, n.driver.Name, name)
+	case e == nil:
+		return refuse(ErrInvalid, "The node %s does not have a child named %s", n.name, name)
+	case child == nil:
+		return refuse(ErrInvalid, "The node %s must have a child named %s", n.name, name)
+	case e.Node() == child:
+		return nil
+	case e.frozen > 0:
+		return refuse(ErrBusy, "Cannot change frozen '%s' link from '%s' to '%s'", e.name, n.name, e.Node().name)
 	}
-	for _, e := range links {
-		e.frozen++
-	}
-	return func() {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		for _, e := range links {
-			e.frozen--
-		}
-	}, nil
-}
-
-func notInChain(base, top *Node) error {
-	return refuse(ErrInvalid, "Node '%s' is not in the backing chain of '%s'", base.name, top.name)
-}
-
-// chainEdge is the edge down the backing chain: to the backing node, or to what a
-// filter filters. Graph.mu is held.
-func (n *Node) chainEdge() *Edge {
-	for _, e := range n.children {
-		if e.role&(RoleCOW|RoleFiltered) != 0 {
-			return e
-		}
-	}
-	return nil
-}
-
-// chain lists n and the nodes down its backing chain, filters included. Graph.mu is held.
-func (n *Node) chain() []*Node {
-	list := []*Node{n}
-	for e := n.chainEdge(); e != nil; e = e.Node().chainEdge() {
-		list = append(list, e.Node())
-	}
-	return list
-}
-
-// Chain lists n and the nodes down its backing chain, filters included (rule G33).
-func (n *Node) Chain() []*Node {
-	n.graph.mu.Lock()
-	defer n.graph.mu.Unlock()
-	return n.chain()
-}
-
-// ChainContains tells whether base is n or in its backing chain.
-func (n *Node) ChainContains(base *Node) bool { return slices.Contains(n.Chain(), base) }
-
-// Overlay finds the image in n's backing chain whose backing node, filters aside, is
-// base; nil if there is none.
-func (n *Node) Overlay(base *Node) *Node {
-	var overlay *Node
-	for _, l := range n.Chain() {
-		if l == base {
-			return overlay
-		}
-		if l.filtered() == nil {
-			overlay = l
-		}
-	}
-	return nil
-}
-
-// Base is the last image of n's backing chain.
-func (n *Node) Base() *Node {
-	list := n.Chain()
-	return list[len(list)-1]
-}
-
-// SkipFilters is the first node from n down that is no filter.
-func (n *Node) SkipFilters() *Node {
-	for _, l := range n.Chain() {
-		if l.filtered() == nil {
-			return l
-		}
-	}
-	return n
+	return t.move(e, child)
 }
 
 // DropIntermediate takes the images from top down to just above base out of the
@@ -234,18 +187,30 @@ func (n *Node) SkipFilters() *Node {
 // file name of base. The caller has seen to it that the dropped images hold nothing
 // that the users need.
 func (g *Graph) DropIntermediate(ctx context.Context, top, base *Node, backingName, backingFormat string) error {
-	if !top.ChainContains(base) || top == base {
-		return notInChain(base, top)
-	}
 	if backingName == "" {
-		backingName, backingFormat = base.Filename(), base.driver.Name
+		backingName, backingFormat = base.headerName()
+	}
+	check := func() error {
+		if top == base || !slices.Contains(top.chain(), base) {
+			return notInChain(base, top)
+		}
+		return nil
 	}
 	return g.drained(ctx, func() (err error) {
+		g.mu.Lock()
+		err, overlays := check(), top.overlays()
+		g.mu.Unlock()
+		if err != nil {
+			return err
+		}
 		// Both chains read the same, so the headers may go first; they can fail late.
-		for _, o := range top.overlays() {
+		for _, o := range overlays {
 			c, ok := o.inst.(BackingChanger)
 			if !ok {
 				continue
+			}
+			if backingName == "" {
+				return refuse(ErrInvalid, "Node '%s' has no file name for the header of node '%s'", base.name, o.name)
 			}
 			oldName, oldFormat := c.BackingFile()
 			if err := c.ChangeBackingFile(ctx, backingName, backingFormat); err != nil {
@@ -253,18 +218,34 @@ func (g *Graph) DropIntermediate(ctx context.Context, top, base *Node, backingNa
 			}
 			defer func() {
 				if err != nil {
-					err = errors.Join(err, c.ChangeBackingFile(ctx, oldName, oldFormat))
+					err = errors.Join(err, c.ChangeBackingFile(context.WithoutCancel(ctx), oldName, oldFormat))
 				}
 			}()
 		}
-		return g.change(ctx, func(t *tx) error { return t.replace(top, base) })
-	}, top, base)
+		return g.change(ctx, func(t *tx) error {
+			if err := check(); err != nil {
+				return err
+			}
+			if !slices.Equal(overlays, top.overlays()) {
+				return refuse(ErrBusy, "Node '%s' has got another overlay meanwhile", top.name)
+			}
+			return t.replace(top, base, false)
+		})
+	}, top)
 }
 
-// overlays lists the nodes that have n as backing node.
+// headerName is what the header of an overlay of n says: file and format.
+func (n *Node) headerName() (name, format string) {
+	n = n.SkipFilters()
+	format = n.driver.Name
+	if n.driver.Kind == Protocol {
+		format = "raw"
+	}
+	return n.Filename(), format
+}
+
+// overlays lists the nodes that have n as backing node. Graph.mu is held.
 func (n *Node) overlays() []*Node {
-	n.graph.mu.Lock()
-	defer n.graph.mu.Unlock()
 	var list []*Node
 	for _, e := range n.parents {
 		if e.role&RoleCOW != 0 {
@@ -274,31 +255,26 @@ func (n *Node) overlays() []*Node {
 	return list
 }
 
-// AddChild makes child one more child of n, which must take any number (quorum). It
-// returns the new edge.
+// AddChild makes child, which has no user yet, one more child of n, which must take any
+// number (quorum). It returns the new edge.
 func (g *Graph) AddChild(ctx context.Context, n, child *Node) (*Edge, error) {
 	a, ok := n.inst.(ChildAdder)
 	if !ok {
 		return nil, refuse(ErrNotSupported, "The node %s does not support adding a child", n.name)
 	}
-	for _, e := range n.Children() {
-		if e.Node() == child {
-			return nil, refuse(ErrBusy, "The node %s already has a parent", child.name)
-		}
-	}
 	var e *Edge
-	err := g.drained(ctx, func() error {
+	err := g.reshape(ctx, func(t *tx) error {
+		if len(child.parents) > 0 {
+			return refuse(ErrBusy, "The node %s already has a parent", child.name)
+		}
 		name, role, err := a.NewChild(child)
 		if err != nil {
 			return err
 		}
 		e = newEdge(n, child, name, role)
-		if err := g.change(ctx, func(t *tx) error { return t.link(e) }); err != nil {
-			return err
-		}
-		a.ChildrenChanged(n.Children())
-		return nil
-	}, n, child)
+		t.onCommit(func() { a.ChildrenChanged(slices.Clone(n.children)) })
+		return t.link(e)
+	}, n)
 	if err != nil {
 		return nil, err
 	}
@@ -306,27 +282,22 @@ func (g *Graph) AddChild(ctx context.Context, n, child *Node) (*Edge, error) {
 }
 
 // RemoveChild takes the child called name from n, which must take any number (quorum).
+// An error with which the child is gone nevertheless is about its closing.
 func (g *Graph) RemoveChild(ctx context.Context, n *Node, name string) error {
 	a, ok := n.inst.(ChildAdder)
 	if !ok {
 		return refuse(ErrNotSupported, "The node %s does not support removing a child", n.name)
 	}
-	e := n.Child(name)
-	if e == nil {
-		return refuse(ErrInvalid, "The node %s does not have a child named %s", n.name, name)
-	}
-	return g.drained(ctx, func() error {
-		if err := a.MayRemove(e); err != nil {
+	return g.reshape(ctx, func(t *tx) error {
+		e := n.child(name)
+		if e == nil {
+			return refuse(ErrInvalid, "The node %s does not have a child named %s", n.name, name)
+		}
+		if err := errors.Join(a.MayRemove(e), e.mayChange()); err != nil {
 			return err
 		}
-		err := g.change(ctx, func(t *tx) error {
-			if err := e.mayChange(); err != nil {
-				return err
-			}
-			t.unlink(e)
-			return nil
-		})
-		a.ChildrenChanged(n.Children())
-		return err
-	}, n, e.Node())
+		t.onCommit(func() { a.ChildrenChanged(slices.Clone(n.children)) })
+		t.unlink(e)
+		return nil
+	}, n)
 }

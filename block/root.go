@@ -20,6 +20,15 @@ type RootConfig struct {
 	Shared Perm // what others may hold meanwhile
 	// WriteThrough makes every write durable before it returns.
 	WriteThrough bool
+	// StayAtNode: when the node is replaced, the root stays, because it is about this
+	// very node (a job).
+	StayAtNode bool
+	// AllowInactive is asked before the node becomes inactive; an error says why it
+	// must not. nil: the root never allows it. It may be called in parallel and more
+	// than once, must not block, and must not wait for a call of the graph. The root
+	// loses its permissions while the node is inactive, and gets them back, or the node
+	// stays inactive.
+	AllowInactive func() error
 	// OnResize, if not nil, is called when the size of the root has changed without
 	// its user having done that: its node was replaced, or [Node.SizeChanged] was
 	// called. Look at [Root.Size] for the size. No locks are held; calls may come in
@@ -47,11 +56,15 @@ type Root struct {
 	writeFlags   ReqFlags // added to each write
 	graph        *Graph
 
+	allowInactive func() error
+	denied        *Node // was made read-only by force: the root may not write. Guarded by Graph.mu
+
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].
 	state    atomic.Uint64
 	watchers atomic.Int32 // somebody waits on changed
 
+	stays    bool
 	onResize func()
 	busy     func() []string
 
@@ -67,9 +80,11 @@ type Root struct {
 const gateClosed = 1
 
 // AttachRoot puts a root on top of cfg.Node. It takes its own reference to the node.
-// It fails if the permissions conflict with those of other users, naming both.
+// It fails if the permissions conflict with those of other users, naming both. On an
+// inactive node it holds none yet; one that needs to write must have AllowInactive.
 func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
-	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g, onResize: cfg.OnResize, busy: cfg.Busy,
+	r := &Root{user: cfg.User, id: cfg.ID, perm: cfg.Perm, shared: cfg.Shared, graph: g,
+		stays: cfg.StayAtNode, allowInactive: cfg.AllowInactive, onResize: cfg.OnResize, busy: cfg.Busy,
 		lanes: make(map[*Lane]struct{}), changed: make(chan struct{})}
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
@@ -91,16 +106,33 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 }
 
 // Detach waits until nothing is in flight, flushes if the root could write, and
-// takes the root away. ctx bounds the wait only; if it ends, the root stays.
+// takes the root away. ctx bounds the wait only, also that for the end of a drained
+// section before the flush; if it ends, the root stays and the error wraps ctx's.
 func (r *Root) Detach(ctx context.Context) error {
 	if err := r.waitIdle(ctx); err != nil {
 		return err
 	}
-	var err error
+	var flushed error
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		err = r.edge.Flush(ctx)
+		err := r.Do(ctx, func(ctx context.Context) error {
+			if r.Node().Active() { // else it was flushed then
+				flushed = r.edge.Flush(ctx)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
-	return errors.Join(err, r.graph.detach(ctx, &r.edge))
+	return errors.Join(flushed, r.graph.detach(ctx, &r.edge))
+}
+
+// mayUse tells why the root cannot be on top of n as far as activity goes.
+func (r *Root) mayUse(n *Node) error {
+	if more := r.perm &^ PermConsistentRead; more != 0 && !n.Active() && r.allowInactive == nil {
+		return refuse(ErrInactive, "Permission '%s' unavailable on inactive node", more)
+	}
+	return nil
 }
 
 // claim enters r's id, if it has one.

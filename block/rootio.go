@@ -5,9 +5,21 @@ import "context"
 // The requests of a Root are those of its edge, but for the tail that pads the
 // node to its request alignment.
 
+// active returns [ErrInactive] where the node is. Roots are the only users of an
+// inactive node that make requests.
+func (r *Root) active(op string, off, length int64) error {
+	if n := r.edge.Node(); !n.Active() {
+		return n.fail(op, off, length, ErrInactive)
+	}
+	return nil
+}
+
 // inside tells how much of a request of length bytes at off concerns the node and
 // not the padding, or [ErrRange].
 func (r *Root) inside(off, length int64) (int64, error) {
+	if err := r.active("request", off, length); err != nil {
+		return 0, err
+	}
 	if !sane(off, length) || off+length > r.Size() {
 		return 0, r.edge.Node().fail("request", off, length, ErrRange)
 	}
@@ -29,6 +41,9 @@ func (r *Root) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // WriteAt is [Edge.WriteAt]. A root that holds [PermResize] may write past the end.
 func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
+	if err := r.active("write", off, int64(len(p))); err != nil {
+		return err
+	}
 	if r.perm&PermResize == 0 && sane(off, int64(len(p))) && off+int64(len(p)) <= r.Size() {
 		n, err := r.inside(off, int64(len(p)))
 		if err != nil {
@@ -47,6 +62,9 @@ func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 
 // WriteZeroes is [Edge.WriteZeroes].
 func (r *Root) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlags) error {
+	if err := r.active("zero", off, length); err != nil {
+		return err
+	}
 	if r.perm&PermResize == 0 && sane(off, length) && off+length <= r.Size() {
 		n, err := r.inside(off, length)
 		if err != nil {
@@ -68,7 +86,12 @@ func (r *Root) Discard(ctx context.Context, off, length int64) error {
 }
 
 // Flush is [Edge.Flush].
-func (r *Root) Flush(ctx context.Context) error { return r.edge.Flush(ctx) }
+func (r *Root) Flush(ctx context.Context) error {
+	if err := r.active("flush", 0, 0); err != nil {
+		return err
+	}
+	return r.edge.Flush(ctx)
+}
 
 // Prefetch is [Edge.Prefetch].
 func (r *Root) Prefetch(ctx context.Context, off, length int64) error {
@@ -80,10 +103,18 @@ func (r *Root) Prefetch(ctx context.Context, off, length int64) error {
 }
 
 // Truncate is [Edge.Truncate].
-func (r *Root) Truncate(ctx context.Context, size int64) error { return r.edge.Truncate(ctx, size) }
+func (r *Root) Truncate(ctx context.Context, size int64) error {
+	if err := r.active("truncate", size, 0); err != nil {
+		return err
+	}
+	return r.edge.Truncate(ctx, size)
+}
 
 // Locate is [Edge.Locate].
 func (r *Root) Locate(shard Shard, off, length int64) Location {
+	if !r.edge.Node().Active() {
+		return Location{Kind: LocateAsk, Length: length}
+	}
 	if length > 0 && off >= 0 && off < r.edge.Size() {
 		length = min(length, r.edge.Size()-off)
 	}
@@ -106,7 +137,15 @@ func (r *Root) BlockStatus(ctx context.Context, off, length int64, precise bool)
 	return x, err
 }
 
-// ReadSerialised is [Edge.ReadSerialised]; the range must lie inside the node.
+// ReadSerialised is [Edge.ReadSerialised].
 func (r *Root) ReadSerialised(ctx context.Context, p []byte, off int64) error {
-	return r.edge.ReadSerialised(ctx, p, off)
+	n, err := r.inside(off, int64(len(p)))
+	if err != nil {
+		return err
+	}
+	clear(p[n:])
+	if n == 0 {
+		return nil
+	}
+	return r.edge.ReadSerialised(ctx, p[:n], off)
 }

@@ -183,17 +183,19 @@ type Truncater interface {
 }
 
 // A Permitter is told of the permissions that its parents hold in sum, and may
-// refuse (file locks). CheckPerm is followed by exactly one SetPerm or AbortPerm
-// with nothing between them.
+// refuse (file locks). A CheckPerm that agreed is followed by exactly one SetPerm or
+// AbortPerm, with no other call between them. They are called without locks of the
+// graph and may wait; they must not change the graph.
 type Permitter interface {
 	CheckPerm(perm, shared Perm) error // may take locks; an error vetoes the transaction
 	SetPerm(perm, shared Perm)         // commits; must not fail; drops locks that are no longer needed
 	AbortPerm()                        // back to what held before CheckPerm
 }
 
-// A Quiescer works on its own account (background tasks) and can pause. Calls nest.
+// A Quiescer works on its own account (background tasks) and can pause. The calls
+// alternate. A node is not closed between the two.
 type Quiescer interface {
-	DrainBegin() // stop starting background work; return when none is running
+	DrainBegin() // stop starting background work, let go what waits here; return when no background work is running
 	DrainEnd()
 }
 
@@ -245,13 +247,14 @@ type BitmapStorer interface {
 	CanStoreBitmap(name string, granularity int64) error
 }
 
-// A ChildAdder takes any number of children of one kind (quorum).
+// A ChildAdder takes any number of children of one kind (quorum). Its methods are
+// called with the graph's lock held and nothing in flight; they must not use the graph.
 type ChildAdder interface {
-	// NewChild says as what another child would be taken.
+	// NewChild says as what another child would be taken. It may be asked in vain.
 	NewChild(child *Node) (name string, role Role, err error)
 	// MayRemove returns an error that says why e must stay.
 	MayRemove(e *Edge) error
-	// ChildrenChanged is called after a child was added or removed, with nothing in flight.
+	// ChildrenChanged is called after a child was added or removed. The list is the driver's.
 	ChildrenChanged(children []*Edge)
 }
 

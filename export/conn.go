@@ -1,7 +1,6 @@
 package export
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -57,7 +56,6 @@ type conn struct {
 	root  *block.Root
 	lane  *block.Lane
 	shard block.Shard
-	ctx   context.Context
 	stat  *iostat.Conn
 
 	budget budget
@@ -113,7 +111,6 @@ func (c *conn) begin(e *Export, structured, meta, toldSizes bool) {
 	c.size = e.root.Size()
 	c.shard = c.s.nextShard()
 	c.lane = c.root.NewLane(c.shard, c.resume)
-	c.ctx = c.lane.Context(context.Background())
 	c.stat = e.stat.NewConn()
 	c.log = c.log.With("export", e.name)
 }

@@ -18,6 +18,7 @@ import (
 type Config struct {
 	Name        string // at most 4096 bytes of UTF-8 without NUL; "" is the default export
 	Description string // for people, shown by lists; likewise
+	ID          string // of the root, see [block.RootConfig]; "" for none
 	Graph       *block.Graph
 	Node        *block.Node // the export takes its own reference
 	ReadOnly    bool
@@ -79,7 +80,7 @@ func (s *Server) AddExport(ctx context.Context, cfg Config) (*Export, error) {
 		return nil, fmt.Errorf("export %q: node '%s' is read-only and cannot be exported writable; export it read-only", cfg.Name, cfg.Node.Name())
 	}
 	rc := block.RootConfig{
-		User: fmt.Sprintf("export '%s'", cfg.Name), Node: cfg.Node, WriteThrough: cfg.WriteThrough,
+		User: fmt.Sprintf("export '%s'", cfg.Name), ID: cfg.ID, Node: cfg.Node, WriteThrough: cfg.WriteThrough,
 		Perm:   block.PermConsistentRead,
 		Shared: block.PermConsistentRead | block.PermWriteUnchanged,
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -20,27 +22,43 @@ const (
 	LockingOff
 )
 
-func (l Locking) String() string { return [...]string{"auto", "on", "off"}[l] }
+var lockingNames = [...]string{"auto", "on", "off"}
+
+func (l Locking) String() string { return lockingNames[l] }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (l *Locking) UnmarshalText(text []byte) error {
+	i := slices.Index(lockingNames[:], string(text))
+	if i < 0 {
+		return fmt.Errorf("'%s' is not one of %s", text, strings.Join(lockingNames[:], ", "))
+	}
+	*l = Locking(i)
+	return nil
+}
 
 // Options are those of both drivers.
 type Options struct {
-	Filename string // path of the file or device
-	Locking  Locking
+	Filename string  `option:"filename,strong"` // path of the file or device
+	Locking  Locking `option:"locking"`
 }
 
 // FileDriver returns the driver "file", for regular files.
 func FileDriver() *block.Driver { return driver("file", regularFile) }
 
 // DeviceDriver returns the driver "host_device", for block and character devices.
-func DeviceDriver() *block.Driver { return driver("host_device", blockDevice, charDevice) }
+func DeviceDriver() *block.Driver {
+	d := driver("host_device", blockDevice, charDevice)
+	d.ProbeName = isDevice
+	return d
+}
 
 func driver(name string, kinds ...fileKind) *block.Driver {
 	return &block.Driver{
 		Name:       name,
 		Kind:       block.Protocol,
 		NewOptions: func() any { return new(Options) },
-		Open: func(_ context.Context, o *block.Opening) (block.Instance, error) {
-			n, err := open(o, kinds)
+		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
+			n, err := open(ctx, o, kinds)
 			if err != nil {
 				return nil, err
 			}
@@ -91,7 +109,7 @@ var (
 	_ Refresher            = (*node)(nil)
 )
 
-func open(o *block.Opening, kinds []fileKind) (*node, error) {
+func open(ctx context.Context, o *block.Opening, kinds []fileKind) (*node, error) {
 	opts, ok := o.Config.Options.(*Options)
 	if !ok {
 		return nil, fmt.Errorf("the '%s' block driver takes options of type *hostdev.Options, not %T", o.Config.Driver, o.Config.Options)
@@ -108,11 +126,16 @@ func open(o *block.Opening, kinds []fileKind) (*node, error) {
 	}
 	n.flush.ended.L = &n.flush.mu
 	n.syncFunc = n.sync
-	if err := n.openFiles(o.Config, kinds); err != nil {
+	err := n.openFiles(o.Config, kinds)
+	if !o.Config.ReadOnly && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EPERM)) {
+		if err = errors.Join(o.AutoReadOnly(ctx, err), n.closeFiles()); err == nil {
+			err = n.openFiles(o.Config, kinds)
+		}
+	}
+	if err != nil {
 		return nil, errors.Join(err, n.closeFiles())
 	}
 	if opts.Locking != LockingOff && !o.Config.NoIO && !o.Config.ForceShare {
-		var err error
 		n.locks, err = newLocks(n.fd, n.filename, opts.Locking, o.Node().Graph().Log())
 		if err != nil {
 			return nil, errors.Join(err, n.closeFiles())

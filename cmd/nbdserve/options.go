@@ -69,6 +69,10 @@ var logFormats = []choice[func(io.Writer, *slog.HandlerOptions) slog.Handler]{
 	{"json", func(w io.Writer, o *slog.HandlerOptions) slog.Handler { return slog.NewJSONHandler(w, o) }},
 }
 
+var graphFormats = []choice[func(*block.View, io.Writer) error]{
+	{"text", (*block.View).WriteText}, {"dot", (*block.View).WriteDot}, {"json", (*block.View).WriteJSON},
+}
+
 // formatChoices are the drivers that --format may name.
 func formatChoices() []choice[string] {
 	var cs []choice[string]
@@ -93,7 +97,7 @@ func sizeOption(c *cli.Context, name string) (int64, error) {
 	if !c.IsSet(name) {
 		return 0, nil
 	}
-	n, err := parseSize(c.String(name))
+	n, err := block.ParseSize(c.String(name))
 	if err != nil {
 		return 0, fmt.Errorf("--%s: %w", name, err)
 	}

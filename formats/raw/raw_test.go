@@ -172,7 +172,7 @@ func writeFile(t blocktest.TB, path string, contents []byte) {
 }
 
 func fileConfig(path string) *block.Config {
-	return &block.Config{Driver: hostdev.DriverFor(path), Options: &hostdev.Options{Filename: path}}
+	return &block.Config{Driver: "file", Options: &hostdev.Options{Filename: path}}
 }
 
 // opened opens a node with a root that may do everything.
