@@ -29,6 +29,9 @@ type Driver struct {
 	// that ends in ".*" stands for a list ("children.*": children.0, children.1, ...).
 	// nil: "file" for formats and filters, none for protocols.
 	Children []string
+	// ChildPerm changes what an edge to a child needs and shares from what rule G13 says.
+	// It must depend on nothing else. nil: nothing changes.
+	ChildPerm func(role Role, perm, shared Perm) (Perm, Perm)
 	// Mutable names the driver's own options that a reopen may change, see [Reopener].
 	Mutable []string
 	// NewOptions returns a pointer to the driver's own options with their defaults.

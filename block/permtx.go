@@ -98,6 +98,9 @@ func (tx *permTx) abort() {
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
 		g.node.perm, g.node.shared, g.node.kept = g.perm, g.shared, g.kept
+		if g.node.isCopiedUp() {
+			g.node.writes.tracked.Store(true)
+		}
 	}
 }
 
@@ -113,7 +116,12 @@ func (e *Edge) wanted() (perm, shared Perm) {
 		return 0, PermAll
 	}
 	perm, shared = e.parent.cumulative()
-	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.parent.cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
+	cfg := e.parent.cfg()
+	perm, shared = childPerm(e.role, !cfg.ReadOnly, cfg.NoIO, e.Node().cfg().ForceShare, perm, shared)
+	if f := e.parent.driver.ChildPerm; f != nil && !cfg.NoIO {
+		return f(e.role, perm, shared)
+	}
+	return perm, shared
 }
 
 // cumulative sums up what the parents hold and share.

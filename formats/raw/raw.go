@@ -93,8 +93,8 @@ func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*no
 func (n *node) Limits() block.Limits {
 	l := n.file.Limits()
 	// The child's seam takes what flags and alignments there are, and pads.
-	l.WriteFlags = block.FUA
-	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback
+	l.WriteFlags = block.FUA | block.WriteUnchanged
+	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback | block.WriteUnchanged
 	if n.offset%l.RequestAlignment != 0 {
 		l.RequestAlignment = n.offset & -n.offset
 	}
