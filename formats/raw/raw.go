@@ -153,6 +153,7 @@ func (n *node) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if inside == 0 {
 		return nil
 	}
+	n.file.Debug(block.EventReadAIO)
 	return n.file.ReadAt(ctx, p[:inside], n.offset+off)
 }
 
@@ -168,6 +169,7 @@ func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.Req
 	if err != nil || inside == 0 {
 		return err
 	}
+	n.file.Debug(block.EventWriteAIO)
 	return n.file.WriteAt(ctx, p[:inside], n.offset+off, flags)
 }
 
