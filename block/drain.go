@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -20,6 +21,9 @@ import (
 // A node that is opened over a drained one inside the section reads from it while it
 // opens: only the owner of the section should have that done.
 func (g *Graph) DrainBegin(ctx context.Context, nodes ...*Node) error {
+	if err := g.waitReady(ctx, nodes); err != nil { // first, so that no client has to
+		return undrained(nodes, err)
+	}
 	g.mu.Lock()
 	var q quiesced
 	for _, n := range nodes {
@@ -44,6 +48,9 @@ func (g *Graph) DrainEnd(nodes ...*Node) {
 // DrainParentsBegin is DrainBegin for what is above the nodes: their own drivers go on
 // with background work. It ends with [Graph.DrainParentsEnd].
 func (g *Graph) DrainParentsBegin(ctx context.Context, nodes ...*Node) error {
+	if err := g.waitReady(ctx, nodes); err != nil {
+		return undrained(nodes, err)
+	}
 	g.mu.Lock()
 	var q quiesced
 	for _, n := range nodes {
@@ -69,12 +76,17 @@ func (g *Graph) DrainParentsEnd(nodes ...*Node) {
 // function ends the section.
 func (g *Graph) DrainAll(ctx context.Context) (end func(), err error) {
 	g.mu.Lock()
+	nodes := slices.Collect(maps.Values(g.nodes))
+	g.mu.Unlock()
+	if err := g.waitReady(ctx, nodes); err != nil {
+		return nil, undrained(nodes, err)
+	}
+	g.mu.Lock()
 	g.quiesce++
 	var q quiesced
-	var nodes []*Node
-	for _, n := range g.nodes {
+	nodes = slices.Collect(maps.Values(g.nodes))
+	for _, n := range nodes {
 		q.close(n)
-		nodes = append(nodes, n)
 	}
 	g.mu.Unlock()
 	if err := g.finishDrain(ctx, nodes, g.drainAllEnd); err != nil {
@@ -111,6 +123,10 @@ func (g *Graph) finishDrain(ctx context.Context, nodes []*Node, undo func()) err
 		return nil
 	}
 	undo()
+	return undrained(nodes, err)
+}
+
+func undrained(nodes []*Node, err error) error {
 	return fmt.Errorf("drain of %s did not finish: %w", nodeList(nodes), err)
 }
 

@@ -153,7 +153,7 @@ func TestG16AllHoldsForWhatComesAndGoes(t *testing.T) {
 }
 
 // balancedDrains checks that each node was told the end of each drain before it was closed.
-func balancedDrains(t *testing.T, ev *events) {
+func balancedDrains(t blocktest.TB, ev *events) {
 	t.Helper()
 	drained := map[string]bool{}
 	for _, e := range ev.take() {
