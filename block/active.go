@@ -98,7 +98,7 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 			c := g.claim(set)
 			c.activating = true
 			g.mu.Unlock()
-			return g.end(c, g.activateSet(ctx, set))
+			return g.end(c, g.activateSet(ctx, c))
 		}
 		g.mu.Unlock()
 		if err := busy.wait(ctx); err != nil {
@@ -124,40 +124,40 @@ func (c *claim) failedFor(nodes []*Node) bool {
 	return true
 }
 
-// activateSet activates inactive nodes, given parents first, that are claimed and
-// whose children are among them or active.
-func (g *Graph) activateSet(ctx context.Context, set []*Node) error {
-	if len(set) == 0 {
+// activateSet activates inactive nodes, claimed in the order of parents first, whose
+// children are among them or active.
+func (g *Graph) activateSet(ctx context.Context, c *claim) error {
+	if len(c.nodes) == 0 {
 		return nil
 	}
 	return g.drained(ctx, func() error {
-		err := g.wake(ctx, set)
+		err := g.wake(ctx, c)
 		if err != nil {
-			err = errors.Join(err, g.setInactive(set, true))
-			for _, n := range set {
+			err = errors.Join(err, g.setInactive(context.WithoutCancel(ctx), c, true))
+			for _, n := range c.nodes {
 				n.deactivate()
 			}
 			return err
 		}
-		for _, n := range set {
+		for _, n := range c.nodes {
 			n.SizeChanged()
 		}
 		return nil
-	}, set...)
+	}, c.nodes...)
 }
 
-func (g *Graph) wake(ctx context.Context, set []*Node) error {
-	for _, n := range slices.Backward(set) {
+func (g *Graph) wake(ctx context.Context, c *claim) error {
+	for _, n := range slices.Backward(c.nodes) {
 		if a, ok := n.inst.(PreActivator); ok {
 			if err := a.PreActivate(ctx); err != nil {
 				return n.activationError(err)
 			}
 		}
 	}
-	if err := g.setInactive(set, false); err != nil {
+	if err := g.setInactive(ctx, c, false); err != nil {
 		return err
 	}
-	for _, n := range slices.Backward(set) {
+	for _, n := range slices.Backward(c.nodes) {
 		if a, ok := n.inst.(Activator); ok {
 			if err := a.Activate(ctx); err != nil {
 				return n.activationError(err)
@@ -179,9 +179,9 @@ func (n *Node) deactivate() {
 }
 
 // setInactive changes the state of claimed nodes and the permissions that follow from it.
-func (g *Graph) setInactive(set []*Node, inactive bool) error {
-	return g.change(context.Background(), func(t *tx) error {
-		for _, n := range set {
+func (g *Graph) setInactive(ctx context.Context, c *claim, inactive bool) error {
+	return g.changeBy(ctx, c, func(t *tx) error {
+		for _, n := range c.nodes {
 			was := n.inactive.Swap(inactive)
 			t.onAbort(func() { n.inactive.Store(was) })
 			t.recheck(n)
@@ -204,7 +204,7 @@ func (g *Graph) inactivate(ctx context.Context, pick func() []*Node) error {
 		if len(ask) == 0 && err == nil && busy == nil {
 			c := g.claim(set)
 			g.mu.Unlock()
-			return g.end(c, g.inactivateSet(ctx, set))
+			return g.end(c, g.inactivateSet(ctx, c))
 		}
 		g.mu.Unlock()
 		switch {
@@ -268,55 +268,51 @@ func (r *Root) mayInactivate() error {
 	return nil
 }
 
-// inactivateSet makes nodes, given parents first, inactive that are claimed and whose
+// inactivateSet makes nodes inactive, claimed in the order of parents first, whose
 // parents are inactive or among them.
-func (g *Graph) inactivateSet(ctx context.Context, set []*Node) error {
-	if len(set) == 0 {
+func (g *Graph) inactivateSet(ctx context.Context, c *claim) error {
+	if len(c.nodes) == 0 {
 		return nil
 	}
 	return g.drained(ctx, func() error {
-		for _, n := range set {
+		for _, n := range c.nodes {
 			if a, ok := n.inst.(Activator); ok {
 				if err := a.Inactivate(ctx); err != nil {
 					return fmt.Errorf("Failed to inactivate node '%s': %w", n.name, err)
 				}
 			}
 		}
-		if err := g.setInactive(set, true); err != nil {
+		if err := g.setInactive(context.WithoutCancel(ctx), c, true); err != nil {
 			return err
 		}
-		for _, n := range set {
+		for _, n := range c.nodes {
 			n.deactivate()
 		}
 		return nil
-	}, set...)
+	}, c.nodes...)
 }
 
 // Peek tells what the node would be if it were active now. It opens nothing for
 // good and takes no lock. It waits while the node is being activated or inactivated.
 func (n *Node) Peek(ctx context.Context) (Peeked, error) {
 	g := n.graph
-	c, err := g.claimWhenFree(ctx, func() []*Node { return topological(n) })
+	c, err := g.claimWhenFree(ctx, func() []*Node { return storage(n) })
 	if err != nil {
 		return Peeked{}, err
 	}
-	p, err := n.peek(ctx)
+	var p Peeked
+	for _, below := range slices.Backward(c.nodes) {
+		if err == nil {
+			p, err = below.peek(ctx)
+		}
+	}
 	return p, g.end(c, err)
 }
 
-// peek looks at the children that hold the node's own bytes, then at the node.
+// peek is Peek for a node whose children were peeked at.
 func (n *Node) peek(ctx context.Context) (Peeked, error) {
-	if !n.Active() {
-		for _, e := range n.Children() {
-			if e.role&RoleCOW == 0 {
-				if _, err := e.Node().peek(ctx); err != nil {
-					return Peeked{}, err
-				}
-			}
-		}
-		if p, ok := n.inst.(Peeker); ok {
-			return p.Peek(ctx)
-		}
+	if p, ok := n.inst.(Peeker); ok && !n.Active() {
+		return p.Peek(ctx)
 	}
 	p := Peeked{Size: n.Size()}
 	if i, ok := n.inst.(Inspector); ok {

@@ -31,7 +31,7 @@ func claimed(nodes []*Node) *claim {
 	return nil
 }
 
-// claim takes nodes that nobody has claimed. Graph.mu is held.
+// claim takes nodes that nobody is at work on. Graph.mu is held.
 func (g *Graph) claim(nodes []*Node) *claim {
 	c := &claim{nodes: slices.Clone(nodes), done: make(chan struct{})}
 	for _, n := range nodes {
@@ -41,7 +41,7 @@ func (g *Graph) claim(nodes []*Node) *claim {
 	return c
 }
 
-// claimWhenFree waits until nobody has a claim on what pick lists, and takes it.
+// claimWhenFree waits until nobody is at work on what pick lists, and takes it.
 // pick is called with Graph.mu held, perhaps several times.
 func (g *Graph) claimWhenFree(ctx context.Context, pick func() []*Node) (*claim, error) {
 	for {

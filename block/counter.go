@@ -35,11 +35,12 @@ func (c *Counter) Load() int64 {
 type laneContext struct {
 	context.Context
 	shard Shard
+	yield func(n int) // see YieldingContext; may be nil
 }
 
 // WithShard returns a context whose requests count in shard s. One is made a
 // connection, none a request.
-func WithShard(ctx context.Context, s Shard) context.Context { return &laneContext{ctx, s} }
+func WithShard(ctx context.Context, s Shard) context.Context { return &laneContext{ctx, s, nil} }
 
 // ShardOf tells the shard of a request's context, 0 where it has none.
 func ShardOf(ctx context.Context) Shard {

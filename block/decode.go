@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strconv"
 	"strings"
 )
 
@@ -14,8 +15,9 @@ import (
 //	option:"name"         by QEMU's name of the option
 //	option:"name,strong"  where the option is needed to open the same data again
 //
-// and one of the types string, bool, int64 (bytes, or a number), []string, or a type
-// with methods UnmarshalText and String. Fields of embedded structs count too.
+// and one of the types string, bool, int64 (bytes, or a number), a pointer to one of
+// these (nil where it is not given), []string, a type with methods UnmarshalText and
+// String, or a slice of structs with such fields. Fields of embedded structs count too.
 
 // An option is one such field.
 type option struct {
@@ -60,6 +62,13 @@ func (o *Options) Decode(dst any) error {
 	return nil
 }
 
+// Extract is Decode, but takes the options that dst has fields for out of o and leaves
+// the others.
+func (o *Options) Extract(dst any) error {
+	_, err := o.decode(dst)
+	return err
+}
+
 // decode takes the options that dst has fields for out of o, and tells which were there.
 func (o *Options) decode(dst any) (given map[string]bool, err error) {
 	given = make(map[string]bool)
@@ -83,7 +92,18 @@ func (f *option) set(o *Options) error {
 	if o.given && o.sub != nil {
 		return fmt.Errorf("Parameters '%s.*' used inconsistently", f.name)
 	}
+	if f.field.Kind() == reflect.Pointer {
+		v := reflect.New(f.field.Type().Elem())
+		f.field.Set(v)
+		f.field = v.Elem()
+	}
+	if t := f.field.Type(); t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Struct {
+		return f.setList(o)
+	}
 	text, isText := o.value.(string)
+	if n, ok := o.value.(json.Number); ok && f.field.Kind() != reflect.String {
+		text, isText = n.String(), true
+	}
 	if u, ok := f.field.Addr().Interface().(encoding.TextUnmarshaler); ok {
 		if !isText {
 			return wrong("string")
@@ -103,7 +123,7 @@ func (f *option) set(o *Options) error {
 		f.field.SetString(text)
 	case bool:
 		v, isBool := o.value.(bool)
-		if isText {
+		if _, isNumber := o.value.(json.Number); isText && !isNumber {
 			var err error
 			if v, err = parseBool(text); err != nil {
 				return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", f.name)
@@ -113,12 +133,8 @@ func (f *option) set(o *Options) error {
 		}
 		f.field.SetBool(v)
 	case int64:
-		n, isNumber := o.value.(json.Number)
-		if !isText && !isNumber {
+		if !isText {
 			return wrong("integer")
-		}
-		if isNumber {
-			text = n.String()
 		}
 		v, err := ParseSize(text)
 		if strings.HasPrefix(text, "-") {
@@ -139,6 +155,29 @@ func (f *option) set(o *Options) error {
 	default:
 		return fmt.Errorf("option '%s' has a field of type %s", f.name, f.field.Type())
 	}
+	return nil
+}
+
+// setList sets a slice of structs.
+func (f *option) setList(o *Options) error {
+	if o.given {
+		return fmt.Errorf("Invalid parameter type for '%s', expected: array of objects", f.name)
+	}
+	list := reflect.MakeSlice(f.field.Type(), len(o.sub), len(o.sub))
+	for i := range len(o.sub) {
+		name := strconv.Itoa(i)
+		sub := o.sub[name]
+		if sub == nil || sub.given {
+			return fmt.Errorf("Invalid parameter type for '%s', expected: array of objects", f.name)
+		}
+		if _, err := sub.decode(list.Index(i).Addr().Interface()); err != nil {
+			return fmt.Errorf("%s: %w", join(f.name, name), err)
+		}
+		if rest := sub.first(); rest != "" {
+			return fmt.Errorf("Invalid parameter '%s'", join(join(f.name, name), rest))
+		}
+	}
+	f.field.Set(list)
 	return nil
 }
 

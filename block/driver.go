@@ -29,6 +29,8 @@ type Driver struct {
 	// that ends in ".*" stands for a list ("children.*": children.0, children.1, ...).
 	// nil: "file" for formats and filters, none for protocols.
 	Children []string
+	// Mutable names the driver's own options that a reopen may change, see [Reopener].
+	Mutable []string
 	// Needs, if not nil, tells which permissions a node needs of its children, and does
 	// not share, for itself: in addition to what its users need and do not share, from
 	// which rule G13 computes those of the children. It is called with the graph's lock held.

@@ -41,6 +41,16 @@ func (n *Node) Refs() int {
 	return n.refs
 }
 
+// Held tells what the node's driver holds on to beyond what the parents need; "" for nothing.
+func (n *Node) Held() string {
+	n.graph.mu.Lock()
+	defer n.graph.mu.Unlock()
+	if n.kept == (kept{}) {
+		return ""
+	}
+	return n.kept.perm.String() + "/" + n.kept.unshared.String()
+}
+
 // Verify lists what is wrong with the graph while no change and no drain begins or ends.
 func (g *Graph) Verify() []string {
 	g.mu.Lock()

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"context"
 	"fmt"
 	"strings"
 )
@@ -49,6 +50,22 @@ func (g *Graph) protocolFor(name string) (*Driver, string, error) {
 	return nil, "", refuse(ErrNotSupported, "Unknown protocol '%s' (a file of this name is './%s')", protocol, name)
 }
 
+// ProtocolConfig describes the protocol node for a file name (rule G7), without the
+// format of what it holds.
+func (g *Graph) ProtocolConfig(name string) (*Config, error) {
+	d, name, err := g.protocolFor(name)
+	if err != nil {
+		return nil, err
+	}
+	c := &Config{Driver: d.Name}
+	if err := c.setFilename(d, name); err != nil {
+		return nil, err
+	}
+	c.Options, err = d.decode(c.unread.clone())
+	c.unread = nil
+	return c, err
+}
+
 // CombineNames resolves a name that the file called base refers to (rule G6): one
 // that is not absolute and states no protocol but "file:" is relative to base's folder.
 func CombineNames(base, name string) string {
@@ -59,6 +76,7 @@ func CombineNames(base, name string) string {
 	case !isFile && statesProtocol(name):
 		return name
 	}
+	base = strings.TrimPrefix(base, "file:")
 	// Not path.Join: "a/../b" differs from "b" where a is a symbolic link.
 	return literal(base[:strings.LastIndexByte(base, '/')+1] + file)
 }
@@ -133,13 +151,18 @@ func (o *Opening) BackingConfig(name, format string) (cfg *Config, file string, 
 	return cfg, cfg.Filename, nil
 }
 
+// OpenBacking opens the backing node, as [Opening.BackingConfig] has described it.
+func (o *Opening) OpenBacking(ctx context.Context, cfg *Config) (*Edge, error) {
+	return o.openChild(ctx, "backing", RoleCOW, cfg)
+}
+
 // ExactFilename is the plain file name by which the node can be opened again, given
 // its driver. It is "" where there is none (rule G25): a filter, an option that changes
 // what is read, a backing node that the header does not name.
 func (n *Node) ExactFilename() string {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()
-	return n.exactFilename()
+	return make(naming).of(n).exact
 }
 
 // Filename is the file name by which the node can be opened again: the plain name if
@@ -147,7 +170,7 @@ func (n *Node) ExactFilename() string {
 func (n *Node) Filename() string {
 	n.graph.mu.Lock()
 	defer n.graph.mu.Unlock()
-	return n.filename()
+	return make(naming).filename(n)
 }
 
 // FullOptions are the options with which the node can be opened again, but for those
@@ -158,10 +181,16 @@ func (n *Node) FullOptions() *Options {
 	return make(naming).of(n).options
 }
 
-func (n *Node) exactFilename() string { return make(naming).of(n).exact }
+// A naming finds out how nodes can be opened again. Graph.mu is held.
+type naming map[*Node]*address
 
-func (n *Node) filename() string {
-	a := make(naming).of(n)
+type address struct {
+	exact   string // "": none
+	options *Options
+}
+
+func (all naming) filename(n *Node) string {
+	a := all.of(n)
 	if a.exact != "" {
 		return a.exact
 	}
@@ -170,14 +199,6 @@ func (n *Node) filename() string {
 		panic(fmt.Errorf("options of node '%s' cannot be written: %w", n.name, err)) // texts, numbers and booleans can
 	}
 	return "json:" + string(text)
-}
-
-// A naming finds out how nodes can be opened again. Graph.mu is held.
-type naming map[*Node]*address
-
-type address struct {
-	exact   string // "": none
-	options *Options
 }
 
 func (all naming) of(n *Node) *address {

@@ -24,6 +24,7 @@ type Node struct {
 	prefetcher Prefetcher
 	truncater  Truncater
 	permitter  Permitter
+	debugger   Debugger
 
 	// Read by requests; they change only while the node is drained.
 	config atomic.Pointer[Config] // effective
@@ -42,6 +43,7 @@ type Node struct {
 	quiesce      int  // drained sections of the node's own, and children that hold up their parents
 	still        int  // drained sections of the parents only
 	perm, shared Perm // what the parents hold and share in sum
+	kept         kept
 	blockers     []blocker
 	tx           *tx  // that alone may change edges and permissions now; nil: none
 	heir         heir // of the parent that opened the node as its child
@@ -73,6 +75,7 @@ func (n *Node) setInstance(inst Instance) {
 	n.prefetcher, _ = inst.(Prefetcher)
 	n.truncater, _ = inst.(Truncater)
 	n.permitter, _ = inst.(Permitter)
+	n.debugger, _ = inst.(Debugger)
 }
 
 // refreshLimits asks the driver for its limits.

@@ -93,16 +93,21 @@ func (g *Graph) open(ctx context.Context, cfg *Config, at origin) (_ *Node, err 
 
 // reference takes a reference to the node that cfg names.
 func (g *Graph) reference(cfg *Config) (*Node, error) {
-	if cfg.Driver != "" || cfg.Filename != "" || cfg.NodeName != "" || cfg.Options != nil || len(cfg.Children) > 0 || cfg.unread != nil {
-		return nil, errReference
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	n, err := g.lookup(cfg.Ref)
+	n, err := g.referred(cfg)
 	if err == nil {
 		n.refs++
 	}
 	return n, err
+}
+
+// referred is the node that cfg names. Graph.mu is held.
+func (g *Graph) referred(cfg *Config) (*Node, error) {
+	if cfg.Driver != "" || cfg.Filename != "" || cfg.NodeName != "" || cfg.Options != nil || len(cfg.Children) > 0 || cfg.unread != nil {
+		return nil, errReference
+	}
+	return g.lookup(cfg.Ref)
 }
 
 // settle finds out which driver opens c, and completes c with that. It may open
@@ -147,6 +152,9 @@ func (o *Opening) settle(ctx context.Context, c *Config, at origin) (d *Driver, 
 // setFilename makes name the option of a protocol, and else child "file".
 func (c *Config) setFilename(d *Driver, name string) error {
 	if d != nil && d.Kind == Protocol {
+		if name == "//" && !d.hasOption("filename") {
+			return nil // null-co:// and the like
+		}
 		if c.Options != nil || c.unread != nil && c.unread.find("filename") != nil {
 			return errTwoNames
 		}
@@ -200,8 +208,8 @@ func (g *Graph) look(ctx context.Context, n *Node, f func(context.Context, *Root
 	return errors.Join(r.Do(ctx, func(ctx context.Context) error { return f(ctx, r) }), r.Detach(ctx))
 }
 
-// check tells whether the options go together, and makes the node read-only where it
-// must be and may be.
+// check tells whether the node may be opened so, and makes it read-only where it must be
+// and may be.
 func (o *Opening) check(ctx context.Context, d *Driver) error {
 	c := o.Config
 	switch writable, readable := o.graph.allowed(d.Name); {
@@ -214,6 +222,11 @@ func (o *Opening) check(ctx context.Context, d *Driver) error {
 	default:
 		return refuse(ErrNotSupported, "Driver '%s' is not whitelisted", d.Name)
 	}
+	return c.check()
+}
+
+// check tells whether the options go together.
+func (c *Config) check() error {
 	switch {
 	case c.ForceShare && !c.ReadOnly:
 		return errors.New("force-share=on can only be used with read-only images")

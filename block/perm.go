@@ -17,14 +17,17 @@ const (
 var permNames = [...]string{"consistent read", "write", "write unchanged", "resize"}
 
 // String lists the permissions by name, separated by ", ".
-func (p Perm) String() string {
-	var names []string
-	for i, n := range permNames {
-		if p&(1<<i) != 0 {
-			names = append(names, n)
+func (p Perm) String() string { return strings.Join(bitNames(uint8(p), permNames[:]), ", ") }
+
+// bitNames lists the bits of v by name.
+func bitNames(v uint8, names []string) []string {
+	list := []string{}
+	for i, n := range names {
+		if v&(1<<i) != 0 {
+			list = append(list, n)
 		}
 	}
-	return strings.Join(names, ", ")
+	return list
 }
 
 // Role says what a child is to its parent (rule G10). It decides permissions,
@@ -45,15 +48,7 @@ const (
 var roleNames = [...]string{"data", "metadata", "filtered", "cow", "primary"}
 
 // String lists the roles by name, joined by "+".
-func (r Role) String() string {
-	var names []string
-	for i, n := range roleNames {
-		if r&(1<<i) != 0 {
-			names = append(names, n)
-		}
-	}
-	return strings.Join(names, "+")
-}
+func (r Role) String() string { return strings.Join(bitNames(uint8(r), roleNames[:]), "+") }
 
 // childPerm gives what an edge needs of its child, and shares, when the parent's
 // own users hold perm and share shared (rule G13).

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"errors"
 	"slices"
 	"sync/atomic"
 )
@@ -15,7 +16,15 @@ func (p *atomicPerm) store(q Perm) { p.v.Store(uint32(q)) }
 type permTx struct {
 	edges  []savedEdge // in the order of the changes
 	grants []grant     // parents before children
+	by     *claim      // who changes them, if that has a claim
+	busy   *claim      // somebody else's, which is in the way
+	// keep has the drivers of the nodes claimed hold on to what they have, beside what is
+	// new, until drop.
+	keep, drop bool
 }
+
+// errClaimed ends a transaction that waits for a claim and then begins again.
+var errClaimed = errors.New("somebody else changes the node")
 
 type savedEdge struct {
 	edge         *Edge
@@ -27,9 +36,18 @@ type grant struct {
 	node         *Node
 	permitter    Permitter // nil: nobody is asked
 	perm, shared Perm
+	kept         kept // beside that, by the permitter
 	loosens      bool // asks for nothing that was not granted before
 	agreed       bool // the permitter has
 }
+
+// kept is what a driver holds on to beyond what its parents hold and share.
+type kept struct{ perm, unshared Perm }
+
+func (k kept) or(perm, shared Perm) kept { return kept{k.perm | perm, k.unshared | PermAll&^shared} }
+
+// ask is what the permitter is asked for.
+func (g *grant) ask() (perm, shared Perm) { return g.perm | g.kept.perm, g.shared &^ g.kept.unshared }
 
 func (tx *permTx) set(e *Edge, perm, shared Perm) {
 	tx.edges = append(tx.edges, savedEdge{e, e.perm.load(), e.shared})
@@ -45,7 +63,7 @@ func (tx *permTx) ask() error {
 		if g.permitter == nil {
 			continue
 		}
-		err := g.permitter.CheckPerm(g.perm, g.shared)
+		err := g.permitter.CheckPerm(g.ask())
 		switch {
 		case err == nil:
 			g.agreed = true
@@ -62,7 +80,7 @@ func (tx *permTx) ask() error {
 	}
 	for _, g := range tx.grants {
 		if g.agreed {
-			g.permitter.SetPerm(g.perm, g.shared)
+			g.permitter.SetPerm(g.ask())
 		}
 	}
 	return nil
@@ -79,7 +97,7 @@ func (tx *permTx) abort() {
 // commit notes what the drivers have agreed to. Graph.mu is held.
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
-		g.node.perm, g.node.shared = g.perm, g.shared
+		g.node.perm, g.node.shared, g.node.kept = g.perm, g.shared, g.kept
 	}
 }
 
@@ -87,6 +105,9 @@ func (tx *permTx) commit() {
 func (e *Edge) wanted() (perm, shared Perm) {
 	switch {
 	case e.root != nil && e.Node().Active():
+		if e.root.denied != nil {
+			return e.root.perm &^ (PermWrite | PermWriteUnchanged | PermResize), e.root.shared
+		}
 		return e.root.perm, e.root.shared
 	case e.root != nil || !e.parent.Active():
 		return 0, PermAll
@@ -125,10 +146,24 @@ func (tx *permTx) check(n *Node) error {
 		}
 	}
 	perm, shared := n.cumulative()
+	g := grant{node: n, perm: perm, shared: shared, kept: n.kept, loosens: perm&^n.perm == 0 && n.shared&^shared == 0}
+	if n.claim != nil && n.claim != tx.by && !g.loosens {
+		// What is granted now might not go with what the node is to become.
+		tx.busy = n.claim
+		return errClaimed
+	}
 	if n.cfg().ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
+		if tx.keep {
+			return refuse(ErrReadOnly, "Read-only block node '%s' cannot support read-write users", n.name)
+		}
 		return refuse(ErrReadOnly, "Block node '%s' is read-only", n.name)
 	}
-	g := grant{node: n, perm: perm, shared: shared, loosens: perm&^n.perm == 0 && n.shared&^shared == 0}
+	switch {
+	case tx.drop:
+		g.kept = kept{}
+	case tx.keep && n.claim == tx.by:
+		g.kept = g.kept.or(n.perm, n.shared)
+	}
 	if !n.busy {
 		g.permitter = n.permitter
 	}

@@ -57,6 +57,7 @@ type Root struct {
 	graph        *Graph
 
 	allowInactive func() error
+	denied        *Node // was made read-only by force: the root may not write. Guarded by Graph.mu
 
 	// state holds the gate in bit 0 and the epoch above it. The lanes count what they
 	// admit by the epoch's lowest bit, see [Node.Grace].

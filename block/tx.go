@@ -25,7 +25,6 @@ type tx struct {
 	freed    []*Node  // a reference to each is given back after a commit
 	taken    []*Node  // a reference to each is given back after an abort
 	touched  []*Node  // whose users or children change; must not be claimed by others
-	by       *claim   // by whom the change is made, if by a claim
 	perms    permTx
 	quiesced quiesced
 	resized  []*Root // roots that are to be told after a commit
@@ -44,7 +43,7 @@ func (g *Graph) change(ctx context.Context, edit func(t *tx) error) error {
 // changeBy is change on behalf of a claim.
 func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error) error {
 	for {
-		t := &tx{g: g, by: by}
+		t := &tx{g: g, perms: permTx{by: by}}
 		other, err := t.prepare(edit)
 		if err == nil && other == nil {
 			err = t.perms.ask()
@@ -71,6 +70,9 @@ func (t *tx) prepare(edit func(t *tx) error) (other *claim, err error) {
 	} else if err == nil {
 		t.occupy()
 		err = t.permissions()
+	}
+	if err == errClaimed {
+		other, err = t.perms.busy, nil
 	}
 	if err != nil || other != nil {
 		t.abort()
@@ -134,7 +136,7 @@ func (t *tx) recheck(n *Node) { t.below = append(t.below, n) }
 func (t *tx) inTheWay(deep bool) *claim {
 	for _, n := range t.touched {
 		switch {
-		case n.claim != nil && n.claim != t.by:
+		case n.claim != nil && n.claim != t.perms.by:
 			return n.claim
 		case n.tx != nil:
 			return n.tx.hold

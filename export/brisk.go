@@ -1,6 +1,7 @@
 package export
 
 import (
+	"context"
 	"errors"
 	"math/bits"
 	"sync/atomic"
@@ -70,6 +71,7 @@ func (c *conn) ownWorker() bool {
 		return false
 	}
 	w := &worker{c: c, n: bits.TrailingZeros64(^c.staff.places)}
+	w.ctx = c.lane.YieldingContext(context.Background(), w.relieve)
 	c.staff.places |= 1 << w.n
 	c.brisk.self = w
 	return true
@@ -79,6 +81,7 @@ func (c *conn) ownWorker() bool {
 func (c *conn) runHere(r *request) error {
 	b, w := &c.brisk, c.brisk.self
 	turn := b.turn.Add(1)
+	w.turn = turn
 	if !b.armed.Load() {
 		b.armed.Store(true)
 		if b.alarm == nil {
@@ -89,9 +92,9 @@ func (c *conn) runHere(r *request) error {
 	}
 	c.stat.Start(iostat.Write, 1)
 	began := c.s.now()
-	c.stat.Track(w.n, iostat.Write, r.off, c.s.wall(began))
-	err := c.root.WriteAt(c.ctx, r.data, r.off, 0)
-	c.stat.Untrack(w.n)
+	w.track(r, began)
+	err := c.root.WriteAt(w.ctx, r.data, r.off, 0)
+	w.untrack()
 	end := c.s.now()
 	b.ended(end - began)
 	moved := r.length
@@ -149,6 +152,16 @@ func (c *conn) relieve() {
 	}
 }
 
+// relieve is called when the write of the reader, which w is, begins to wait for
+// something that needs no worker, and when it goes on.
+func (w *worker) relieve(n int) {
+	if n > 0 {
+		w.c.replaceReader(w.turn)
+	}
+}
+
+// replaceReader puts another goroutine in the place of the reader, unless the write of
+// that turn has ended or it was replaced already.
 func (c *conn) replaceReader(turn uint64) {
 	b := &c.brisk
 	c.mu.Lock()

@@ -12,7 +12,7 @@ import (
 func (w *worker) execute() {
 	c, r := w.c, &w.r
 	began, short := c.s.now(), r.short()
-	c.stat.Track(w.n, r.op(), r.off, c.s.wall(began))
+	w.track(r, began)
 	moved := int64(0)
 	var err error
 	switch r.cmd {
@@ -32,7 +32,7 @@ func (w *worker) execute() {
 	w.reply.requests++
 	w.reply.bytes += r.charge
 	// Counted first, so that the figures show nothing in flight once a drain has begun.
-	c.stat.Untrack(w.n)
+	w.untrack()
 	end := c.s.now()
 	if short {
 		c.brisk.ended(end - began)
@@ -68,14 +68,14 @@ func (w *worker) change() (moved int64, err error) {
 	case cmdWrite:
 		err = w.write(fua)
 	case cmdFlush:
-		return 0, c.root.Flush(c.ctx)
+		return 0, c.root.Flush(w.ctx)
 	case cmdTrim:
-		err = c.root.Discard(c.ctx, r.off, r.length)
+		err = c.root.Discard(w.ctx, r.off, r.length)
 		if err == nil && fua != 0 {
-			err = c.root.Flush(c.ctx)
+			err = c.root.Flush(w.ctx)
 		}
 	case cmdCache:
-		err = c.root.Prefetch(c.ctx, r.off, r.length)
+		err = c.root.Prefetch(w.ctx, r.off, r.length)
 	case cmdWriteZeroes:
 		if r.flags&flagNoHole == 0 {
 			fua |= block.MayUnmap
@@ -83,7 +83,7 @@ func (w *worker) change() (moved int64, err error) {
 		if r.flags&flagFastZero != 0 {
 			fua |= block.NoFallback
 		}
-		err = c.root.WriteZeroes(c.ctx, r.off, r.length, fua)
+		err = c.root.WriteZeroes(w.ctx, r.off, r.length, fua)
 	}
 	if err != nil {
 		return 0, err
@@ -95,7 +95,7 @@ func (w *worker) change() (moved int64, err error) {
 func (w *worker) write(fua block.ReqFlags) error {
 	c, r := w.c, &w.r
 	if r.payload == nil {
-		return c.root.WriteAt(c.ctx, r.data, r.off, fua)
+		return c.root.WriteAt(w.ctx, r.data, r.off, fua)
 	}
 	pieces := r.payload.pieces
 	each := fua
@@ -104,13 +104,13 @@ func (w *worker) write(fua block.ReqFlags) error {
 	}
 	off := r.off
 	for _, p := range pieces {
-		if err := c.root.WriteAt(c.ctx, p, off, each); err != nil {
+		if err := c.root.WriteAt(w.ctx, p, off, each); err != nil {
 			return err
 		}
 		off += int64(len(p))
 	}
 	if each != fua {
-		return c.root.Flush(c.ctx)
+		return c.root.Flush(w.ctx)
 	}
 	return nil
 }
@@ -151,7 +151,7 @@ func (w *worker) readWhole() (int64, error) {
 		n := min(r.length-done, pieceSize)
 		b := block.GetBuffer(int(n))
 		w.reply.add(b, b)
-		if err := c.root.ReadAt(c.ctx, b, r.off+done); err != nil {
+		if err := c.root.ReadAt(w.ctx, b, r.off+done); err != nil {
 			w.reply.free()
 			return 0, err
 		}
@@ -174,7 +174,7 @@ func (w *worker) readChunks() (int64, error) {
 			moved += n
 		} else {
 			b := block.GetBuffer(int(n))
-			err := c.root.ReadAt(c.ctx, b, off)
+			err := c.root.ReadAt(w.ctx, b, off)
 			if err == nil {
 				w.reply.text = appendData(w.reply.text, 0, r.cookie, off, int(n))
 				w.reply.add(b, b)
@@ -200,7 +200,7 @@ func (w *worker) extent(off, left int64) (n int64, hole bool) {
 		return most, false
 	}
 	for n < most {
-		x, err := c.root.BlockStatus(c.ctx, off+n, left-n, false)
+		x, err := c.root.BlockStatus(w.ctx, off+n, left-n, false)
 		if err != nil || x.Length <= 0 {
 			return most, false // reading finds out
 		}
@@ -234,7 +234,7 @@ func (w *worker) salvage(b []byte, off int64, err error, bad *int) (last int, re
 		next := min(len(b), int((off+int64(at))&^(salvageBlock-1)+salvageBlock-off))
 		// A failure of a single block need not be tried again.
 		if next-at < len(b) {
-			err = c.root.ReadAt(c.ctx, b[at:next], off+int64(at))
+			err = c.root.ReadAt(w.ctx, b[at:next], off+int64(at))
 		}
 		if err != nil {
 			emit(at)
@@ -276,7 +276,7 @@ func (w *worker) blockStatus() error {
 	var length, state uint32 // of the extent that is not in the list yet
 	began := c.s.now()
 	for done, calls := int64(0), 1; done < r.length; calls++ {
-		x, err := c.root.BlockStatus(c.ctx, r.off+done, r.length-done, true)
+		x, err := c.root.BlockStatus(w.ctx, r.off+done, r.length-done, true)
 		if err != nil {
 			if done > 0 {
 				break // what is known is an answer; the next request will fail

@@ -1,6 +1,9 @@
 package export
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // A queue is a list of requests, first in first out.
 type queue struct {
@@ -40,6 +43,9 @@ type staff struct {
 	idle   []*worker // the one that became idle last is the last
 	places uint64    // bit i: worker number i exists
 	count  int
+	// yielded counts the workers whose request waits for something that needs no
+	// worker. They come on top of Options.Workers: as many as requests may be in flight.
+	yielded int
 	// coming is set while a worker that was called has not looked at the queue yet:
 	// nobody else needs to be called, and it will send the answers that are ready.
 	coming bool
@@ -51,11 +57,40 @@ type staff struct {
 // A worker runs requests of one connection, one at a time.
 type worker struct {
 	c     *conn
-	n     int       // its number, the place of its request in the statistics
+	ctx   context.Context
+	n     int       // its number, the place of its request in the statistics; maxWorkers: it has none
 	call  chan bool // capacity 1: true: look at the queue; false: end
 	since time.Duration
+	turn  uint64 // of the reader, see brisk
 	r     request
 	reply batch
+}
+
+// track notes that the worker runs r since began.
+func (w *worker) track(r *request, began time.Duration) {
+	if w.n < maxWorkers {
+		w.c.stat.Track(w.n, r.op(), r.off, w.c.s.wall(began))
+	}
+}
+
+func (w *worker) untrack() {
+	if w.n < maxWorkers {
+		w.c.stat.Untrack(w.n)
+	}
+}
+
+// yield is called when the worker's request begins to wait for something that needs no
+// worker (1), and when it goes on (-1).
+func (w *worker) yield(n int) {
+	c := w.c
+	c.mu.Lock()
+	c.staff.yielded += n
+	var next *worker
+	if n > 0 {
+		next = c.summon()
+	}
+	c.mu.Unlock()
+	next.start()
 }
 
 // enqueue hands an admitted request to the workers.
@@ -81,10 +116,11 @@ func (c *conn) summon() *worker {
 		st.idle = st.idle[:len(st.idle)-1]
 		st.coming = true
 		return w
-	case st.count >= c.s.opt.Workers:
+	case st.count-st.yielded >= c.s.opt.Workers:
 		return nil
 	}
 	w := &worker{c: c}
+	w.ctx = c.lane.YieldingContext(context.Background(), w.yield)
 	for st.places&(1<<w.n) != 0 {
 		w.n++
 	}
@@ -145,9 +181,13 @@ func (w *worker) run() {
 		w.execute()
 		c.mu.Lock()
 		c.done(1)
+		if c.staff.count-c.staff.yielded > c.s.opt.Workers {
+			break // others were called while its request waited
+		}
 	}
 	c.staff.strike(w)
 	c.mu.Unlock()
+	c.out.flush()
 }
 
 // sendElsewhere sends what is ready while the caller, a worker, does something else.

@@ -56,6 +56,7 @@ type setup struct {
 	// direct leaves the slow and the fault node out, so that reads can be answered inline.
 	direct   bool
 	readOnly bool
+	above    func(*block.Config) *block.Config // nil: nothing is put on top
 	graph    *block.Graph // nil: a new one that is watched for leaks
 }
 
@@ -78,6 +79,9 @@ func newRig(t blocktest.TB, u setup) *rig {
 	if !u.direct {
 		cfg = blocktest.SlowConfig(r.gate, blocktest.FaultConfig(r.faults, cfg))
 		cfg.Unmap = true
+	}
+	if u.above != nil {
+		cfg = u.above(cfg)
 	}
 	cfg.ReadOnly = u.readOnly
 	var err error

@@ -91,7 +91,11 @@ func newGraph(t blocktest.TB) *block.Graph {
 }
 
 func config(path string) *block.Config {
-	return &block.Config{Driver: DriverFor(path), Unmap: true, Options: &Options{Filename: path}}
+	driver := "file"
+	if isDevice(path) > 0 {
+		driver = "host_device"
+	}
+	return &block.Config{Driver: driver, Unmap: true, Options: &Options{Filename: path}}
 }
 
 // opened opens a node with a root that may do everything and shares all.

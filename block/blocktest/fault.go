@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/block/filter"
 )
 
 // A Fault says which requests of a fault node fail.
@@ -87,7 +88,7 @@ func FaultDriver() *block.Driver {
 		Kind:       block.Filter,
 		NewOptions: func() any { return &FaultOptions{new(Faults)} },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
-			f, err := openFilter(ctx, o)
+			f, err := filter.Open(ctx, o, "file")
 			if err != nil {
 				return nil, err
 			}
@@ -101,7 +102,7 @@ func FaultDriver() *block.Driver {
 }
 
 type fault struct {
-	filter
+	filter.Pass
 	faults *Faults
 }
 
@@ -109,35 +110,35 @@ func (f *fault) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := f.faults.check(OpRead, off, int64(len(p))); err != nil {
 		return err
 	}
-	return f.filter.ReadAt(ctx, p, off)
+	return f.Pass.ReadAt(ctx, p, off)
 }
 
 func (f *fault) WriteAt(ctx context.Context, p []byte, off int64, flags block.ReqFlags) error {
 	if err := f.faults.check(OpWrite, off, int64(len(p))); err != nil {
 		return err
 	}
-	return f.filter.WriteAt(ctx, p, off, flags)
+	return f.Pass.WriteAt(ctx, p, off, flags)
 }
 
 func (f *fault) WriteZeroes(ctx context.Context, off, n int64, flags block.ReqFlags) error {
 	if err := f.faults.check(OpZero, off, n); err != nil {
 		return err
 	}
-	return f.filter.WriteZeroes(ctx, off, n, flags)
+	return f.Pass.WriteZeroes(ctx, off, n, flags)
 }
 
 func (f *fault) Discard(ctx context.Context, off, n int64) error {
 	if err := f.faults.check(OpDiscard, off, n); err != nil {
 		return err
 	}
-	return f.filter.Discard(ctx, off, n)
+	return f.Pass.Discard(ctx, off, n)
 }
 
 func (f *fault) BlockStatus(ctx context.Context, off, n int64, precise bool) (block.Extent, error) {
 	if err := f.faults.check(OpStatus, off, n); err != nil {
 		return block.Extent{}, err
 	}
-	return f.filter.BlockStatus(ctx, off, n, precise)
+	return f.Pass.BlockStatus(ctx, off, n, precise)
 }
 
 // Locate answers "ask me", so that every read meets the faults.
@@ -149,26 +150,47 @@ func (f *fault) Prefetch(ctx context.Context, off, n int64) error {
 	if err := f.faults.check(OpPrefetch, off, n); err != nil {
 		return err
 	}
-	return f.filter.Prefetch(ctx, off, n)
+	return f.Pass.Prefetch(ctx, off, n)
 }
 
 func (f *fault) Truncate(ctx context.Context, size int64) error {
 	if err := f.faults.check(OpTruncate, size, 0); err != nil {
 		return err
 	}
-	return f.filter.Truncate(ctx, size)
+	return f.Pass.Truncate(ctx, size)
 }
 
 func (f *fault) Flush(ctx context.Context) error {
 	if err := f.faults.check(OpFlush, 0, 0); err != nil {
 		return err
 	}
-	return f.filter.Flush(ctx)
+	return f.Pass.Flush(ctx)
 }
 
 func (f *fault) Close(ctx context.Context) error {
 	if err := f.faults.check(OpClose, 0, 0); err != nil {
 		return err
 	}
-	return f.filter.Close(ctx)
+	return f.Pass.Close(ctx)
 }
+
+// Inactivate implements [block.Activator].
+func (f *fault) Inactivate(context.Context) error { return f.faults.check(OpInactivate, 0, 0) }
+
+// Deactivate implements [block.Activator].
+func (f *fault) Deactivate() {}
+
+// Activate implements [block.Activator].
+func (f *fault) Activate(context.Context) error { return f.faults.check(OpActivate, 0, 0) }
+
+// PrepareReopen implements [block.Reopener].
+func (f *fault) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return &faultSwitch{faults: f.faults}, f.faults.check(OpReopen, 0, 0)
+}
+
+type faultSwitch struct {
+	block.NoSwitch
+	faults *Faults
+}
+
+func (s *faultSwitch) Apply(context.Context) error { return s.faults.check(OpApply, 0, 0) }

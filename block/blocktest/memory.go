@@ -260,6 +260,20 @@ func (m *memory) Size() int64                 { return m.store.Size() }
 func (m *memory) Limits() block.Limits        { return m.limits }
 func (m *memory) Close(context.Context) error { return nil }
 
+// PrepareReopen implements [block.Reopener].
+func (m *memory) PrepareReopen(_ context.Context, r *block.Reopening) (block.Switch, error) {
+	return &memorySwitch{m, m.readOnly, r.Config.ReadOnly}, nil
+}
+
+type memorySwitch struct {
+	m        *memory
+	old, new bool // read-only
+}
+
+func (s *memorySwitch) Apply(context.Context) error { s.m.readOnly = s.new; return nil }
+func (s *memorySwitch) Commit()                     {}
+func (s *memorySwitch) Abort()                      { s.m.readOnly = s.old }
+
 // storeFile is a store as the file behind located data.
 type storeFile struct{ s *Store }
 

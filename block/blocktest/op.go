@@ -14,9 +14,13 @@ const (
 	OpPrefetch
 	OpOpen
 	OpClose
+	OpInactivate // of a fault node, and what follows
+	OpActivate
+	OpReopen // preparing it
+	OpApply  // a reopen that was prepared
 	numOps
 )
 
-var opNames = [numOps]string{"read", "write", "zero", "discard", "flush", "status", "truncate", "prefetch", "open", "close"}
+var opNames = [numOps]string{"read", "write", "zero", "discard", "flush", "status", "truncate", "prefetch", "open", "close", "inactivate", "activate", "reopen", "apply"}
 
 func (o Op) String() string { return opNames[o] }

@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/block/filter"
 )
 
 // A Gate holds requests of a slow node until the test lets them go.
@@ -112,7 +113,7 @@ func SlowDriver() *block.Driver {
 		Kind:       block.Filter,
 		NewOptions: func() any { return &SlowOptions{NewGate()} },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
-			f, err := openFilter(ctx, o)
+			f, err := filter.Open(ctx, o, "file")
 			if err != nil {
 				return nil, err
 			}
@@ -124,33 +125,33 @@ func SlowDriver() *block.Driver {
 }
 
 type slow struct {
-	filter
+	filter.Pass
 	gate *Gate
 }
 
 func (s *slow) ReadAt(ctx context.Context, p []byte, off int64) error {
 	s.gate.pass(OpRead)
-	return s.filter.ReadAt(ctx, p, off)
+	return s.Pass.ReadAt(ctx, p, off)
 }
 
 func (s *slow) WriteAt(ctx context.Context, p []byte, off int64, flags block.ReqFlags) error {
 	s.gate.pass(OpWrite)
-	return s.filter.WriteAt(ctx, p, off, flags)
+	return s.Pass.WriteAt(ctx, p, off, flags)
 }
 
 func (s *slow) WriteZeroes(ctx context.Context, off, n int64, flags block.ReqFlags) error {
 	s.gate.pass(OpZero)
-	return s.filter.WriteZeroes(ctx, off, n, flags)
+	return s.Pass.WriteZeroes(ctx, off, n, flags)
 }
 
 func (s *slow) Discard(ctx context.Context, off, n int64) error {
 	s.gate.pass(OpDiscard)
-	return s.filter.Discard(ctx, off, n)
+	return s.Pass.Discard(ctx, off, n)
 }
 
 func (s *slow) BlockStatus(ctx context.Context, off, n int64, precise bool) (block.Extent, error) {
 	s.gate.pass(OpStatus)
-	return s.filter.BlockStatus(ctx, off, n, precise)
+	return s.Pass.BlockStatus(ctx, off, n, precise)
 }
 
 // Locate answers "ask me": what it would take is unknown.
@@ -160,20 +161,20 @@ func (s *slow) Locate(_ block.Shard, _, n int64) block.Location {
 
 func (s *slow) Prefetch(ctx context.Context, off, n int64) error {
 	s.gate.pass(OpPrefetch)
-	return s.filter.Prefetch(ctx, off, n)
+	return s.Pass.Prefetch(ctx, off, n)
 }
 
 func (s *slow) Truncate(ctx context.Context, size int64) error {
 	s.gate.pass(OpTruncate)
-	return s.filter.Truncate(ctx, size)
+	return s.Pass.Truncate(ctx, size)
 }
 
 func (s *slow) Flush(ctx context.Context) error {
 	s.gate.pass(OpFlush)
-	return s.filter.Flush(ctx)
+	return s.Pass.Flush(ctx)
 }
 
 func (s *slow) Close(ctx context.Context) error {
 	s.gate.pass(OpClose)
-	return s.filter.Close(ctx)
+	return s.Pass.Close(ctx)
 }

@@ -93,7 +93,9 @@ func permute(flags []cli.Flag, args []string) (options, operands []string, err e
 			if f == nil || len(name) == 1 {
 				return nil, nil, unknownOption(flags, "--"+name)
 			}
-			if takesValue(f) && !attached {
+			if o, ok := f.(optionalFlag); ok && !attached {
+				value = o.bare
+			} else if takesValue(f) && !attached {
 				if value, err = next("--" + name); err != nil {
 					return nil, nil, err
 				}
@@ -152,6 +154,13 @@ func flagOf(flags []cli.Flag, name string) cli.Flag {
 func takesValue(f cli.Flag) bool {
 	d, ok := f.(cli.DocGenerationFlag)
 	return ok && d.TakesValue()
+}
+
+// An optionalFlag is an option that may stand without a value, which is bare then. A
+// value is attached to it: --name=value.
+type optionalFlag struct {
+	*cli.StringFlag
+	bare string
 }
 
 func isList(f cli.Flag) bool {

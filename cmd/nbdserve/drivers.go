@@ -1,12 +1,21 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"syscall"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/block/filter/blkdebug"
+	"github.com/nbdserve/nbdserve/block/filter/blkverify"
+	"github.com/nbdserve/nbdserve/block/filter/copyonread"
+	"github.com/nbdserve/nbdserve/block/filter/delay"
+	"github.com/nbdserve/nbdserve/block/filter/null"
+	"github.com/nbdserve/nbdserve/block/filter/throttle"
 	"github.com/nbdserve/nbdserve/formats/qcow2"
 	"github.com/nbdserve/nbdserve/formats/raw"
 	"github.com/nbdserve/nbdserve/hostdev"
@@ -16,26 +25,49 @@ import (
 // and nowhere else.
 func drivers() []*block.Driver {
 	formats := []*block.Driver{
-		qcow2.Driver(qcow2.Host{FileConfig: fileConfig, FileName: fileName, Identity: identity}),
+		qcow2.Driver(qcow2.Host{Identity: identity}),
 	}
-	return append(formats,
+	all := append(formats,
 		raw.Driver(func(head []byte) string { return block.NewGraph(nil, formats...).ProbeFormat(head) }),
 		hostdev.FileDriver(),
 		hostdev.DeviceDriver(),
+		throttle.Driver(new(throttle.Groups)),
+		copyonread.Driver(),
+		blkdebug.Driver(),
+		blkverify.Driver(),
+		delay.Driver(),
 	)
+	return append(all, null.Drivers()...)
 }
 
-// fileConfig describes the protocol node for a path (rule G7).
-func fileConfig(path string) *block.Config {
-	return &block.Config{Driver: hostdev.DriverFor(path), Options: &hostdev.Options{Filename: path}}
+// newGraph returns a graph that can open all that nbdserve can.
+func newGraph(log *slog.Logger) *block.Graph {
+	g := block.NewGraph(log, drivers()...)
+	g.TemporaryOverlays(temporaryOverlay)
+	return g
 }
 
-// fileName is the path of a protocol node, "" for others.
-func fileName(n *block.Node) string {
-	if o, ok := n.Config().Options.(*hostdev.Options); ok {
-		return o.Filename
+// temporaryOverlay makes the image that snapshot=on writes to.
+func temporaryOverlay(ctx context.Context, g *block.Graph, size int64) (_ block.Overlay, err error) {
+	storage, err := hostdev.NewTemporary()
+	if err != nil {
+		return block.Overlay{}, err
 	}
-	return ""
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, storage.Close())
+		}
+	}()
+	file, err := g.ProtocolConfig(storage.Filename())
+	if err != nil {
+		return block.Overlay{}, err
+	}
+	rc := block.RootConfig{User: "temporary overlay", Perm: block.PermConsistentRead | block.PermWrite | block.PermResize}
+	err = withRoot(ctx, g, file, rc, func(ctx context.Context, r *block.Root) error {
+		return qcow2.Create(ctx, r, qcow2.CreateOptions{Size: size})
+	})
+	cfg := &block.Config{Driver: "qcow2", Children: map[string]*block.Config{"file": file}}
+	return block.Overlay{Config: cfg, Storage: storage}, err
 }
 
 // identity is the same for all names of a file.
@@ -46,4 +78,21 @@ func identity(path string) string {
 		}
 	}
 	return filepath.Clean(path)
+}
+
+// withRoot opens a node, runs f on a root above it as one request, and closes the
+// node again. rc.Node is filled in.
+func withRoot(ctx context.Context, g *block.Graph, cfg *block.Config, rc block.RootConfig, f func(context.Context, *block.Root) error) (err error) {
+	n, err := g.Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.Release(ctx, n)) }()
+	rc.Node = n
+	r, err := g.AttachRoot(ctx, rc)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Detach(ctx)) }()
+	return r.Do(ctx, func(ctx context.Context) error { return f(ctx, r) })
 }

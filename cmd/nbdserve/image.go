@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -48,7 +47,7 @@ func parseLook(c *cli.Context) (l look, err error) {
 // newToolGraph returns a graph for one command, whose log goes to standard error.
 func newToolGraph(c *cli.Context) *block.Graph {
 	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	return block.NewGraph(log, drivers()...)
+	return newGraph(log)
 }
 
 // file runs f on the image's file. Unless forced, nobody may write to the file
@@ -57,12 +56,15 @@ func (l *look) file(c *cli.Context, f func(ctx context.Context, file *block.Root
 	ctx := context.Background()
 	g := newToolGraph(c)
 	defer func() { err = errors.Join(err, g.Close(ctx)) }()
+	cfg, err := g.ProtocolConfig(l.path)
+	if err != nil {
+		return err
+	}
 	if l.format == "" {
-		if l.format, err = probe(ctx, g, l.path); err != nil {
+		if l.format, err = probe(ctx, g, *cfg); err != nil {
 			return err
 		}
 	}
-	cfg := fileConfig(l.path)
 	cfg.ReadOnly, cfg.ForceShare = true, l.force
 	shared := block.PermAll
 	if l.format != "raw" && !l.force {
@@ -85,10 +87,19 @@ func allocated(path string) (int64, error) {
 	return st.Blocks * 512, nil
 }
 
-// backingPath is where the backing file name of an image leads: it is relative to the image.
-func backingPath(image, backing string) string {
-	if backing == "" || filepath.IsAbs(backing) {
-		return backing
-	}
-	return filepath.Join(filepath.Dir(image), backing)
+// probe tells the format of an image by its first bytes. It disturbs nobody who uses the image.
+func probe(ctx context.Context, g *block.Graph, file block.Config) (format string, err error) {
+	file.ReadOnly, file.NoIO = true, true
+	err = withRoot(ctx, g, &file, block.RootConfig{User: "format probe", Shared: block.PermAll}, func(ctx context.Context, r *block.Root) error {
+		head := make([]byte, min(probeSize, r.Size()))
+		if err := r.ReadAt(ctx, head, 0); err != nil {
+			return fmt.Errorf("cannot read the first sector to probe the format: %w", err)
+		}
+		format = g.ProbeFormat(head)
+		return nil
+	})
+	return format, err
 }
+
+// probeSize is how many bytes of an image tell its format (rule G8).
+const probeSize = 512

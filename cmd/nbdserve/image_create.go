@@ -71,7 +71,7 @@ func (n *newImage) settings() map[string]map[string]func(value string) error {
 		},
 		"qcow2": {
 			"cluster_size": func(v string) (err error) {
-				n.qcow2.ClusterSize, err = parseSize(v)
+				n.qcow2.ClusterSize, err = block.ParseSize(v)
 				return err
 			},
 			"compat": func(v string) error {
@@ -109,7 +109,7 @@ func parseCreate(c *cli.Context) (*newImage, error) {
 			return nil, errors.New("Image creation needs a size parameter")
 		}
 	case 2:
-		if n.qcow2.Size, err = parseSize(args.Get(1)); err != nil {
+		if n.qcow2.Size, err = block.ParseSize(args.Get(1)); err != nil {
 			return nil, err
 		}
 	default:
@@ -151,6 +151,15 @@ func (n *newImage) create(c *cli.Context) (err error) {
 	ctx := context.Background()
 	g := newToolGraph(c)
 	defer func() { err = errors.Join(err, g.Close(ctx)) }()
+	file, err := g.ProtocolConfig(n.path)
+	if err != nil {
+		return err
+	}
+	opts, ok := file.Options.(*hostdev.Options)
+	if !ok {
+		return fmt.Errorf("images cannot be created by protocol '%s'", file.Driver)
+	}
+	n.path = opts.Filename
 	if n.qcow2.BackingFile != "" {
 		if err := n.openBacking(ctx, g); err != nil {
 			return err
@@ -159,7 +168,7 @@ func (n *newImage) create(c *cli.Context) (err error) {
 	if n.format == "raw" {
 		err = hostdev.Create(n.path, n.qcow2.Size, n.prealloc)
 	} else {
-		err = n.createQcow2(ctx, g)
+		err = n.createQcow2(ctx, g, file)
 	}
 	if err != nil || c.Bool("quiet") {
 		return err
@@ -180,7 +189,7 @@ func (n *newImage) describeBacking() string {
 func (n *newImage) openBacking(ctx context.Context, g *block.Graph) error {
 	cfg := &block.Config{
 		Driver: n.qcow2.BackingFormat, ReadOnly: true, ForceShare: true, NoIO: true,
-		Children: map[string]*block.Config{"file": fileConfig(backingPath(n.path, n.qcow2.BackingFile))},
+		Filename: block.CombineNames(n.path, n.qcow2.BackingFile),
 	}
 	b, err := g.Open(ctx, cfg)
 	if err != nil {
@@ -190,7 +199,7 @@ func (n *newImage) openBacking(ctx context.Context, g *block.Graph) error {
 		n.qcow2.Size = b.Size()
 	}
 	for _, node := range g.Nodes() {
-		if name := fileName(node); name != "" && identity(name) == identity(n.path) {
+		if name := node.ExactFilename(); name != "" && identity(name) == identity(n.path) {
 			err = fmt.Errorf("'%s' is part of the backing chain of the image that would replace it", n.path)
 		}
 	}
@@ -199,14 +208,14 @@ func (n *newImage) openBacking(ctx context.Context, g *block.Graph) error {
 
 // createQcow2 makes the file and the image in it. A file that was not there before
 // is removed again if that fails.
-func (n *newImage) createQcow2(ctx context.Context, g *block.Graph) (err error) {
+func (n *newImage) createQcow2(ctx context.Context, g *block.Graph, file *block.Config) (err error) {
 	_, serr := os.Lstat(n.path)
 	isNew := errors.Is(serr, fs.ErrNotExist)
 	if err := hostdev.Create(n.path, 0, hostdev.PreallocOff); err != nil {
 		return err
 	}
 	rc := block.RootConfig{User: "image create", Perm: block.PermConsistentRead | block.PermWrite | block.PermResize}
-	err = withRoot(ctx, g, fileConfig(n.path), rc, func(ctx context.Context, file *block.Root) error {
+	err = withRoot(ctx, g, file, rc, func(ctx context.Context, file *block.Root) error {
 		return qcow2.Create(ctx, file, n.qcow2)
 	})
 	if err != nil && isNew {

@@ -63,7 +63,7 @@ func (l *look) info(c *cli.Context) (*imageInfo, error) {
 	info := &imageInfo{Filename: l.path}
 	err := l.file(c, func(ctx context.Context, file *block.Root) (err error) {
 		info.Format = l.format
-		if info.ActualSize, err = allocated(l.path); err != nil {
+		if info.ActualSize, err = allocated(file.Node().ExactFilename()); err != nil {
 			return err
 		}
 		switch l.format {
@@ -96,7 +96,7 @@ func (i *imageInfo) qcow2(ctx context.Context, file *block.Root) error {
 	i.VirtualSize, i.ClusterSize, i.Dirty = h.Size, h.ClusterSize(), h.Dirty()
 	i.Encrypted = data.Encrypt != nil
 	i.Backing, i.BackingFormat = h.BackingFile, h.BackingFormat
-	i.FullBacking = backingPath(i.Filename, h.BackingFile)
+	i.FullBacking = block.CombineNames(i.Filename, h.BackingFile)
 	i.FormatSpecific = &formatSpecific{"qcow2", data}
 	return nil
 }

@@ -202,7 +202,8 @@ func TestVersionTellsWhatThereIs(t *testing.T) {
 	if keys := slices.Sorted(maps.Keys(v)); !slices.Contains(keys, "version") || !slices.Contains(keys, "go-version") {
 		t.Errorf("keys: %v", keys)
 	}
-	for key, want := range map[string]string{"formats": `["qcow2","raw"]`, "protocols": `["file","host_device"]`, "filters": `[]`} {
+	for key, want := range map[string]string{"formats": `["qcow2","raw"]`, "protocols": `["file","host_device","null-aio","null-co"]`,
+		"filters": `["blkdebug","blkverify","copy-on-read","delay","throttle"]`} {
 		if got, err := json.Marshal(v[key]); err != nil || string(got) != want {
 			t.Errorf("%s: %s, %v, want %s", key, got, err, want)
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/export"
 )
 
 // A choice is one value of an option that has few.
@@ -52,6 +53,11 @@ var cacheModes = []choice[caching]{
 	{"unsafe", caching{CacheMode: block.CacheMode{NoFlush: true}}},
 }
 
+var activations = []choice[export.Activation]{
+	{export.ActivationAlways.String(), export.ActivationAlways},
+	{export.ActivationOnConnect.String(), export.ActivationOnConnect},
+}
+
 var discardModes = []choice[bool]{{"unmap", true}, {"ignore", false}}
 
 var detectZeroesModes = []choice[block.DetectZeroes]{
@@ -67,6 +73,10 @@ var logLevels = []choice[slog.Level]{
 var logFormats = []choice[func(io.Writer, *slog.HandlerOptions) slog.Handler]{
 	{"text", func(w io.Writer, o *slog.HandlerOptions) slog.Handler { return slog.NewTextHandler(w, o) }},
 	{"json", func(w io.Writer, o *slog.HandlerOptions) slog.Handler { return slog.NewJSONHandler(w, o) }},
+}
+
+var graphFormats = []choice[func(*block.View, io.Writer) error]{
+	{"text", (*block.View).WriteText}, {"dot", (*block.View).WriteDot}, {"json", (*block.View).WriteJSON},
 }
 
 // formatChoices are the drivers that --format may name.
@@ -93,7 +103,7 @@ func sizeOption(c *cli.Context, name string) (int64, error) {
 	if !c.IsSet(name) {
 		return 0, nil
 	}
-	n, err := parseSize(c.String(name))
+	n, err := block.ParseSize(c.String(name))
 	if err != nil {
 		return 0, fmt.Errorf("--%s: %w", name, err)
 	}

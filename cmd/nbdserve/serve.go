@@ -3,22 +3,25 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"strconv"
-	"unicode/utf8"
+	"time"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/export"
 )
 
 // serveOptions are the options of serve, checked.
 type serveOptions struct {
-	image          imageOptions
-	listen         []address // empty: sockets from systemd, else the default
-	name           string
-	description    string
-	writeThrough   bool
-	shareRW        bool
+	source         source
+	printGraph     func(*block.View, io.Writer) error // nil: serve
+	listen         []address                          // empty: sockets from systemd, else the default
+	activation     export.Activation
+	linger         time.Duration
 	maxClients     int
 	once           bool
 	run            string // a shell command, "" for none
@@ -31,12 +34,13 @@ type serveOptions struct {
 const maxText = 4096 // bytes of an export's name or description (NBD)
 
 func serveCommand() *cli.Command {
-	const image, export, sockets, life, logs = "Image", "Export", "Sockets", "Life", "Logs and metrics"
+	const image, export, graph, sockets, life, logs = "Image", "Export", "Block graph", "Sockets", "Life", "Logs and metrics"
 	return &cli.Command{
 		Name:      "serve",
 		Usage:     "serve a disk image or block device",
 		ArgsUsage: "IMAGE",
 		Description: "Serves the disk in IMAGE, a file or a block device, to NBD clients until it is told to stop.\n" +
+			"IMAGE can also be json:{...} with the options of a node. With --export there is no IMAGE: nodes of --blockdev are served.\n" +
 			"The sockets appear when the image is open and locked, so a client that finds one can connect.\n" +
 			"SIGTERM, SIGINT and SIGHUP finish what clients have asked for and end the server with status 0; a second one cuts.\n" +
 			"Sizes are bytes, or numbers with one of the suffixes k, M, G, T, P, E (powers of 1024).",
@@ -49,15 +53,26 @@ func serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "detect-zeroes", Value: detectZeroesModes[0].name, Category: image, Usage: "`MODE` of writes that are all zero: off, on (write them as zeroes), unmap (free the space; needs --discard unmap)"},
 			&cli.StringFlag{Name: "offset", Category: image, Usage: "serve the disk from this `SIZE` on"},
 			&cli.StringFlag{Name: "size", Category: image, Usage: "serve this `SIZE` only; default: up to the end"},
+			&cli.BoolFlag{Name: "snapshot", Category: image, Usage: "write to a temporary file, which is lost at the end, and leave the disk as it is"},
+			&cli.StringFlag{Name: "throttle", Category: image, Usage: "limit requests: `LIMIT=NUMBER`[,...] with bps, bps-read, bps-write (bytes a second), iops, iops-read, iops-write (requests a second), X-max, X-max-length (bursts), iops-size; or throttle-group=NAME"},
+			&cli.BoolFlag{Name: "copy-on-read", Category: image, Usage: "copy what is read from backing files into the disk"},
 			&cli.BoolFlag{Name: "share-rw", Category: image, Usage: "let other programs write to the disk meanwhile; they and the clients must agree on who writes where"},
 
 			&cli.StringFlag{Name: "name", Category: export, Usage: "export `NAME`; clients that ask for \"\" get it as well"},
 			&cli.StringFlag{Name: "description", Category: export, Usage: "`TEXT` for clients that list exports"},
 			&cli.StringFlag{Name: "max-clients", Value: "64", Category: export, Usage: "`NUMBER` of clients served at a time, 0 for no limit"},
 
+			&cli.StringSliceFlag{Name: "blockdev", Category: graph, Usage: "open a node: `OPTIONS` are driver=NAME,node-name=NAME,... as QEMU has them, or the same as a JSON object; may be repeated, and later nodes can refer to earlier ones"},
+			&cli.StringSliceFlag{Name: "export", Category: graph, Usage: "serve a node instead of IMAGE: `OPTIONS` are node-name=NAME[,name=NAME][,description=TEXT][,writable=on|off][,writethrough=on|off][,share-rw=on|off][,id=ID]; read-only and named after the node unless told else; may be repeated"},
+			&cli.StringFlag{Name: "allow-drivers", Category: graph, Usage: "open no nodes of drivers other than those in `LIST`, NAME[,NAME...], and in that of --allow-drivers-read-only"},
+			&cli.StringFlag{Name: "allow-drivers-read-only", Category: graph, Usage: "open nodes of the drivers in `LIST`, but only for reading"},
+			optionalFlag{&cli.StringFlag{Name: "print-graph", Category: graph, Usage: "open all, print nodes, edges and permissions as `FORMAT` and end; as --print-graph=FORMAT: " + namesOf(graphFormats) + "; without it " + graphFormats[0].name}, graphFormats[0].name},
+
 			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID; for --run a private one"},
 			&cli.BoolFlag{Name: "print-uri", Category: sockets, Usage: "print the URI of each socket on standard output, one a line, when ready"},
 
+			&cli.StringFlag{Name: "activation", Value: activations[0].name, Category: life, Usage: "lock the image, and keep what is cached of it, `WHEN`: always, on-connect (while there is a client; other servers with the same image may serve it in between)"},
+			&cli.StringFlag{Name: "activation-linger", Value: "0s", Category: life, Usage: "with on-connect, keep the image for this `DURATION` after the last client has left, such as 30s or 5m"},
 			&cli.BoolFlag{Name: "once", Category: life, Usage: "end when the last client has left"},
 			&cli.StringFlag{Name: "run", Category: life, Usage: "when ready run shell `COMMAND` with $uri, $unixsocket, $port and $exportname set, end with it and with its exit status"},
 			&cli.BoolFlag{Name: "exit-with-parent", Category: life, Usage: "end when the parent process ends"},
@@ -79,11 +94,10 @@ func serveCommand() *cli.Command {
 // parseServe checks the options of serve. Nothing is opened yet.
 func parseServe(c *cli.Context) (*serveOptions, error) {
 	o := &serveOptions{
-		name: c.String("name"), description: c.String("description"), shareRW: c.Bool("share-rw"),
 		once: c.Bool("once"), run: c.String("run"), exitWithParent: c.Bool("exit-with-parent"),
 		printURI: c.Bool("print-uri"), metricsAddress: c.String("metrics"),
 	}
-	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseImage, o.parseExport, o.parseListen} {
+	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseSource, o.parseActivation, o.parseListen} {
 		if err := parse(c); err != nil {
 			return nil, err
 		}
@@ -110,51 +124,32 @@ func (o *serveOptions) parseLog(c *cli.Context) error {
 	return nil
 }
 
-func (o *serveOptions) parseImage(c *cli.Context) (err error) {
-	i := &o.image
-	i.readOnly = c.Bool("read-only")
-	if i.path, err = oneImage(c); err != nil {
+func (o *serveOptions) parseSource(c *cli.Context) (err error) {
+	if o.source, err = parseSource(c); err != nil {
 		return err
-	}
-	if i.format, err = formatOption(c); err != nil {
-		return err
-	}
-	cache, err := choose(c, "cache", cacheModes)
-	if err != nil {
-		return err
-	}
-	i.cache, o.writeThrough = cache.CacheMode, cache.writeThrough
-	if i.unmap, err = choose(c, "discard", discardModes); err != nil {
-		return err
-	}
-	if i.detectZeroes, err = choose(c, "detect-zeroes", detectZeroesModes); err != nil {
-		return err
-	}
-	if i.offset, err = sizeOption(c, "offset"); err != nil {
-		return err
-	}
-	if i.size, err = sizeOption(c, "size"); err != nil {
-		return err
-	}
-	if c.IsSet("size") && i.size == 0 {
-		return errors.New("--size must be more than 0; leave it out to serve up to the end of the disk")
-	}
-	return nil
-}
-
-func (o *serveOptions) parseExport(c *cli.Context) error {
-	for _, text := range []string{"name", "description"} {
-		if s := c.String(text); len(s) > maxText {
-			return fmt.Errorf("export %s of %d bytes is too long: at most %d are allowed", text, len(s), maxText)
-		} else if !utf8.ValidString(s) {
-			return fmt.Errorf("export %s %q is not UTF-8", text, s)
-		}
 	}
 	n, err := strconv.ParseUint(c.String("max-clients"), 10, 31)
 	if err != nil {
 		return fmt.Errorf("--max-clients '%s' is not a number of clients (0 for no limit)", c.String("max-clients"))
 	}
 	o.maxClients = int(n)
+	if c.IsSet("print-graph") {
+		o.printGraph, err = choose(c, "print-graph", graphFormats)
+	}
+	return err
+}
+
+func (o *serveOptions) parseActivation(c *cli.Context) (err error) {
+	if o.activation, err = choose(c, "activation", activations); err != nil {
+		return err
+	}
+	given := c.String("activation-linger")
+	if o.linger, err = time.ParseDuration(given); err != nil || o.linger < 0 {
+		return fmt.Errorf("--activation-linger '%s' is not a duration such as 30s, 5m or 1h30m", given)
+	}
+	if c.IsSet("activation-linger") && o.activation != export.ActivationOnConnect {
+		return errors.New("--activation-linger needs --activation on-connect")
+	}
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -30,7 +31,7 @@ type session struct {
 	*serveOptions
 	metrics   *metricsServer // nil: not asked for
 	graph     *block.Graph
-	node      *block.Node
+	nodes     []*block.Node // those that we hold
 	server    *export.Server
 	listeners []*listener
 	accepting sync.WaitGroup // the loops that accept
@@ -53,7 +54,7 @@ func (o *serveOptions) serve(stdout io.Writer) error {
 	limitMemory()
 	s := &session{serveOptions: o, signals: make(chan os.Signal, 4), clientsGone: make(chan struct{}, 1), acceptFailed: make(chan error, 1)}
 	err := s.start(stdout)
-	if err == nil {
+	if err == nil && s.printGraph == nil {
 		err = s.wait()
 	}
 	if cerr := s.close(); cerr != nil {
@@ -66,6 +67,12 @@ func (o *serveOptions) serve(stdout io.Writer) error {
 // start gets everything ready, the image first and the sockets last.
 func (s *session) start(stdout io.Writer) (err error) {
 	ctx := context.Background()
+	if s.printGraph != nil {
+		if err := s.open(ctx); err != nil {
+			return err
+		}
+		return s.printGraph(s.graph.View(), stdout)
+	}
 	if s.exitWithParent {
 		if s.parentGone, err = watchParent(); err != nil {
 			return err
@@ -82,19 +89,7 @@ func (s *session) start(stdout io.Writer) (err error) {
 			return err
 		}
 	}
-	s.graph = block.NewGraph(s.log, drivers()...)
-	cfg, err := s.image.config(ctx, s.graph, s.log)
-	if err != nil {
-		return err
-	}
-	if s.node, err = s.graph.Open(ctx, cfg); err != nil {
-		return err
-	}
-	s.server = export.NewServer(export.Options{Log: s.log, MaxClients: s.maxClients, OnClientsGone: s.onClientsGone})
-	if _, err = s.server.AddExport(ctx, export.Config{
-		Name: s.name, Description: s.description, Graph: s.graph, Node: s.node,
-		ReadOnly: s.image.readOnly, ShareRW: s.shareRW, WriteThrough: s.writeThrough,
-	}); err != nil {
+	if err := s.open(ctx); err != nil {
 		return err
 	}
 	s.published.Store(true)
@@ -121,6 +116,41 @@ func (s *session) start(stdout io.Writer) (err error) {
 	}
 	s.ready.Store(true)
 	return s.announce(stdout)
+}
+
+// open opens the nodes, and adds the exports.
+func (s *session) open(ctx context.Context) error {
+	s.graph = newGraph(s.log)
+	if err := s.source.open(s.graph, func(cfg *block.Config) (*block.Node, error) { return s.openNode(ctx, cfg) }); err != nil {
+		return err
+	}
+	s.server = export.NewServer(export.Options{Log: s.log, MaxClients: s.maxClients, OnClientsGone: s.onClientsGone})
+	exports, err := s.source.exportConfigs(s.graph)
+	if err != nil {
+		return err
+	}
+	for _, e := range exports {
+		e.Activation, e.Linger = s.activation, s.linger
+		if _, err := s.server.AddExport(ctx, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openNode opens a node that we hold until the end.
+func (s *session) openNode(ctx context.Context, cfg *block.Config) (*block.Node, error) {
+	if s.activation == export.ActivationOnConnect {
+		if cfg.Snapshot {
+			return nil, errors.New("a temporary snapshot and --activation on-connect exclude each other: the image below would change in between")
+		}
+		cfg.Inactive = true
+	}
+	n, err := s.graph.Open(ctx, cfg)
+	if err == nil {
+		s.nodes = append(s.nodes, n)
+	}
+	return n, err
 }
 
 // bind makes the sockets, unless systemd did.
@@ -153,7 +183,7 @@ func (s *session) bind() error {
 // is told, at a place of its own.
 func (s *session) defaultAddress() (address, error) {
 	if s.run == "" {
-		return defaultListen(s.image.path)
+		return defaultListen(s.source.label())
 	}
 	dir, err := os.MkdirTemp("", "nbdserve-run-")
 	if err != nil {
@@ -165,25 +195,28 @@ func (s *session) defaultAddress() (address, error) {
 
 // announce tells everybody who waits that clients are accepted, and starts --run.
 func (s *session) announce(stdout io.Writer) error {
+	exports := s.server.Exports()
 	var uris []string
 	for _, l := range s.listeners {
-		uri := uriOf(l.Addr(), l.socketPath(), s.name)
-		uris = append(uris, uri)
-		s.log.Info("serving", "uri", uri, "image", s.image.path, "format", s.node.Driver().Name, "size", s.node.Size(), "read_only", s.node.ReadOnly())
-		if s.printURI {
-			if _, err := fmt.Fprintln(stdout, uri); err != nil {
-				return fmt.Errorf("--print-uri: %w", err)
+		for _, e := range exports {
+			uri, n := uriOf(l.Addr(), l.socketPath(), e.Name()), e.Root().Node()
+			uris = append(uris, uri)
+			s.log.Info("serving", "uri", uri, "image", n.Filename(), "node", n.Name(), "driver", n.Driver().Name, "size", n.Size(), "read_only", e.ReadOnly())
+			if s.printURI {
+				if _, err := fmt.Fprintln(stdout, uri); err != nil {
+					return fmt.Errorf("--print-uri: %w", err)
+				}
 			}
 		}
 	}
-	if _, err := daemon.SdNotify(false, fmt.Sprintf("READY=1\nSTATUS=Serving %s on %s", s.image.path, uris[0])); err != nil {
+	if _, err := daemon.SdNotify(false, fmt.Sprintf("READY=1\nSTATUS=Serving %s on %s", s.source.label(), uris[0])); err != nil {
 		return fmt.Errorf("cannot tell systemd that the server is ready: %w", err)
 	}
 	if s.run == "" {
 		return nil
 	}
 	var err error
-	s.command, err = startCaptive(s.run, uris[0], s.name, s.listeners[0])
+	s.command, err = startCaptive(s.run, uris[0], exports[0].Name(), s.listeners[0])
 	return err
 }
 
@@ -273,8 +306,8 @@ func (s *session) close() error {
 		// Before the nodes: a scrape may be asking one.
 		add("closing the metrics server", s.metrics.close())
 	}
-	if s.node != nil {
-		add("closing the image", s.graph.Release(ctx, s.node))
+	for _, n := range slices.Backward(s.nodes) {
+		add("closing the image", s.graph.Release(ctx, n))
 	}
 	if s.graph != nil {
 		add("closing the graph", s.graph.Close(ctx))

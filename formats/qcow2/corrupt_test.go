@@ -205,7 +205,7 @@ func TestBackingFilesThatAreRefused(t *testing.T) {
 	for name, want := range map[string]string{
 		filepath.Join(dir, "noformat"):                 "qemu-img rebase",
 		image("json", `json:{"driver":"null"}`, "raw"): "json:",
-		image("nbd", "nbd://localhost/x", "raw"):       "protocol 'nbd'",
+		image("nbd", "nbd://localhost/x", "raw"):       "Could not open backing file: Unknown protocol 'nbd'",
 		filepath.Join(dir, "loop1"):                    "loop",
 		image("self", "self", "qcow2"):                 "loop",
 		image("link", "other", "qcow2"):                "loop",
@@ -250,25 +250,6 @@ func TestBackingChainIsBounded(t *testing.T) {
 	}
 	if err := open(maxChain); err == nil {
 		t.Errorf("a chain of %d images is opened", maxChain+1)
-	}
-}
-
-func TestBackingNamesAreRelativeToTheImage(t *testing.T) {
-	for _, c := range []struct{ own, backing, want string }{
-		{"/a/b/top", "base", "/a/b/base"},
-		{"/a/b/top", "../base", "/a/b/../base"},
-		{"top", "base", "base"},
-		{"dir/top", "file:base", "dir/base"},
-		{"/a/top", "/abs/base", "/abs/base"},
-		{"/a/top", "file:/abs/base", "/abs/base"},
-		{"/a/top", "./x:y", "/a/./x:y"},
-	} {
-		if got, err := backingName(c.own, &Header{BackingFile: c.backing}); got != c.want || err != nil {
-			t.Errorf("backing file %q of %q is %q (%v), want %q", c.backing, c.own, got, err, c.want)
-		}
-	}
-	if _, err := backingName("", &Header{BackingFile: "base"}); err == nil {
-		t.Error("a relative name without a directory is accepted")
 	}
 }
 

@@ -20,9 +20,9 @@ const (
 type Options struct {
 	// L2CacheSize bounds the L2 cache in bytes; it is never larger than the disk
 	// needs. Default and limit: 32 MiB.
-	L2CacheSize int64
+	L2CacheSize int64 `option:"l2-cache-size"`
 	// RefcountCacheSize bounds the cache of refcount blocks in bytes. Default: 1 MiB.
-	RefcountCacheSize int64
+	RefcountCacheSize int64 `option:"refcount-cache-size"`
 	// RefuseBacking refuses an image whose header names a backing file, unless
 	// Config.Children["backing"] says what to open. It holds for the whole chain.
 	RefuseBacking bool
@@ -30,14 +30,8 @@ type Options struct {
 	broken orderingRule // rules that a test wants broken
 }
 
-// Host tells the driver about file names, of which it knows nothing itself.
+// Host tells the driver about files, of which it knows nothing itself.
 type Host struct {
-	// FileConfig describes the protocol node for a file name, absolute or relative to
-	// the working directory. Needed for images with backing files.
-	FileConfig func(name string) *block.Config
-	// FileName gives the file name of a protocol node, "" if it has none. Names of
-	// backing files are relative to it. nil: no node has one.
-	FileName func(*block.Node) string
 	// Identity gives equal strings for names of the same file, "" where it cannot
 	// tell. nil: names are compared.
 	Identity func(name string) string
@@ -47,9 +41,6 @@ type Host struct {
 // "backing" what it does not hold itself, if the header or the configuration names
 // a backing file.
 func Driver(host Host) *block.Driver {
-	if host.FileName == nil {
-		host.FileName = func(*block.Node) string { return "" }
-	}
 	if host.Identity == nil {
 		host.Identity = func(name string) string { return name }
 	}
@@ -74,7 +65,7 @@ func open(ctx context.Context, o *block.Opening, host Host) (_ block.Instance, e
 	if err != nil {
 		return nil, err
 	}
-	name := host.FileName(file.Node())
+	name := file.Node().ExactFilename()
 	defer func() {
 		if err != nil && name != "" {
 			err = fmt.Errorf("%s: %w", name, err)

@@ -18,13 +18,6 @@ import (
 // hostDriver is the driver with names of files resolved as the command does it.
 func hostDriver() *block.Driver {
 	return Driver(Host{
-		FileConfig: fileNode,
-		FileName: func(n *block.Node) string {
-			if o, ok := n.Config().Options.(*hostdev.Options); ok {
-				return o.Filename
-			}
-			return ""
-		},
 		Identity: func(name string) string {
 			if real, err := filepath.EvalSymlinks(name); err == nil {
 				return real

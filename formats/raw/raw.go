@@ -15,8 +15,8 @@ const probeSize = 512
 
 // Options select a window of the file. The zero value is the whole file.
 type Options struct {
-	Offset int64 // bytes at the start that do not belong to the image; not negative
-	Size   int64 // length of the image in bytes; 0: up to the end of the file, also when that grows
+	Offset int64 `option:"offset,strong"` // bytes at the start that do not belong to the image; not negative
+	Size   int64 `option:"size,strong"`   // length of the image in bytes; 0: up to the end of the file, also when that grows
 }
 
 // Driver returns the driver "raw". It has one child, "file".

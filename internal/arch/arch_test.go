@@ -51,8 +51,9 @@ type rule struct {
 
 var rules = []rule{
 	{folder: "block", own: nil, only: []string{"golang.org/x/sys"}},
-	{folder: "block/blocktest", own: []string{"block"}},
-	{folder: "block/filter/", own: []string{"block"}},
+	{folder: "block/blocktest", own: []string{"block", "block/filter"}},
+	{folder: "block/filter", own: []string{"block"}},
+	{folder: "block/filter/", own: []string{"block", "block/filter"}},
 	{folder: "formats/", own: []string{"block"}},
 	{folder: "hostdev", own: []string{"block"}},
 	{folder: "export", own: []string{"block", "internal/iostat"}},
