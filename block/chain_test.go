@@ -15,7 +15,7 @@ func newChain(t *testing.T) (g *block.Graph, node map[string]*block.Node) {
 	image := func(name, file, header string, backing *block.Config) *block.Config {
 		return cowConfig(name, &cowOptions{size: 512, file: file, header: header}, backing)
 	}
-	c := pass("f1", ev, image("c", "/vm/disk/c.img", "../base/b.img", pass("f2", ev, image("b", "/vm/base/b.img", "file:a.img", image("a", "/vm/base/a.img", "", nil)))))
+	c := filtering("f1", ev, image("c", "/vm/disk/c.img", "../base/b.img", filtering("f2", ev, image("b", "/vm/base/b.img", "file:a.img", image("a", "/vm/base/a.img", "", nil)))))
 	opened(t, g, c)
 	node = map[string]*block.Node{}
 	for _, n := range g.Nodes() {

@@ -74,8 +74,8 @@ type testNode struct {
 
 func testDriver() *block.Driver { return testDriverOf("test", block.Format) }
 
-// testFilterDriver is testDriver as a filter, "pass".
-func testFilterDriver() *block.Driver { return testDriverOf("pass", block.Filter) }
+// testFilterDriver is testDriver as a filter, "testfilter".
+func testFilterDriver() *block.Driver { return testDriverOf("testfilter", block.Filter) }
 
 func testDriverOf(name string, kind block.DriverKind) *block.Driver {
 	return &block.Driver{
@@ -158,10 +158,10 @@ func newLoggedGraph(t blocktest.TB, w io.Writer) *block.Graph {
 	return g
 }
 
-// pass describes a test node that is a filter of child.
-func pass(name string, ev *events, child *block.Config) *block.Config {
+// filtering describes a test node that is a filter of child.
+func filtering(name string, ev *events, child *block.Config) *block.Config {
 	c := node(name, ev, filter, child)
-	c.Driver = "pass"
+	c.Driver = "testfilter"
 	return c
 }
 

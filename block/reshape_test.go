@@ -94,7 +94,7 @@ func newYard(t blocktest.TB) *yard {
 }
 
 func (y *yard) pass(name, child string) *block.Config {
-	c := pass(name, y.ev, ref(child))
+	c := filtering(name, y.ev, ref(child))
 	c.Options.(*nodeOptions).veto = y.s.veto
 	return c
 }
@@ -558,7 +558,7 @@ func TestG15FrozenLinksStay(t *testing.T) {
 func TestG18SetBackingOfWhatCannotHaveOne(t *testing.T) {
 	y := newYard(t)
 	before := dump(y.g)
-	wantError(t, y.g.SetBacking(ctx, y.nodes["ptop"], y.nodes["other"]), block.ErrNotSupported, "Driver 'pass' of node 'ptop' does not support backing files")
+	wantError(t, y.g.SetBacking(ctx, y.nodes["ptop"], y.nodes["other"]), block.ErrNotSupported, "Driver 'testfilter' of node 'ptop' does not support backing files")
 	for _, n := range []*block.Node{y.nodes["pmid"], nil} {
 		same := y.g.SetBacking(ctx, y.nodes["top"], y.nodes["pmid"]) // what it is already
 		if n == nil {
@@ -579,7 +579,7 @@ func TestG18ChildrenAreChangedByName(t *testing.T) {
 		is                error
 		text              string
 	}{
-		{"ptop", "backing", "other", block.ErrInvalid, "'ptop' is a pass filter node that does not support a backing child"},
+		{"ptop", "backing", "other", block.ErrInvalid, "'ptop' is a testfilter filter node that does not support a backing child"},
 		{"top", "data-file", "other", block.ErrInvalid, "The node top does not have a child named data-file"},
 		{"ptop", "file", "", block.ErrInvalid, "The node ptop must have a child named file"},
 		{"base", "backing", "other", block.ErrNotSupported, "Driver 'memory' of node 'base' does not support backing files"},
