@@ -29,11 +29,12 @@ type Driver struct {
 	// that ends in ".*" stands for a list ("children.*": children.0, children.1, ...).
 	// nil: "file" for formats and filters, none for protocols.
 	Children []string
-	// ChildPerm changes what an edge to a child needs and shares from what rule G13 says.
-	// It must depend on nothing else. nil: nothing changes.
-	ChildPerm func(role Role, perm, shared Perm) (Perm, Perm)
 	// Mutable names the driver's own options that a reopen may change, see [Reopener].
 	Mutable []string
+	// Needs, if not nil, tells which permissions a node needs of its children, and does
+	// not share, for itself: in addition to what its users need and do not share, from
+	// which rule G13 computes those of the children. It is called with the graph's lock held.
+	Needs func(cfg *Config) (perm, unshared Perm)
 	// NewOptions returns a pointer to the driver's own options with their defaults.
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens

@@ -376,7 +376,7 @@ const viewText = `export 'a': id one, 1 in flight, drained 1
    │     low: file, 4 KiB, read-write, /d/top
    └─ backing (cow, frozen): needs consistent read; shares consistent read, write unchanged
       base: raw, 1000 bytes, read-only, /d/base
-      └─ file (filtered+primary, frozen): needs consistent read; shares consistent read, write unchanged
+      └─ file (filtered+primary): needs consistent read; shares consistent read, write unchanged
          basefile: file, 1000 bytes, read-only, /d/base
 export 'b` + "\uFFFD" + `': 0 in flight
 └─ root (filtered+primary): needs nothing; shares consistent read, write, write unchanged, resize

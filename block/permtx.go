@@ -116,12 +116,12 @@ func (e *Edge) wanted() (perm, shared Perm) {
 		return 0, PermAll
 	}
 	perm, shared = e.parent.cumulative()
-	cfg := e.parent.cfg()
-	perm, shared = childPerm(e.role, !cfg.ReadOnly, cfg.NoIO, e.Node().cfg().ForceShare, perm, shared)
-	if f := e.parent.driver.ChildPerm; f != nil && !cfg.NoIO {
-		return f(e.role, perm, shared)
+	if needs := e.parent.driver.Needs; needs != nil {
+		own, unshared := needs(e.parent.cfg())
+		perm |= own
+		shared &^= unshared
 	}
-	return perm, shared
+	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.parent.cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
 }
 
 // cumulative sums up what the parents hold and share.

@@ -29,16 +29,11 @@ func Driver() *block.Driver {
 		Name:       "copy-on-read",
 		Kind:       block.Filter,
 		NewOptions: func() any { return new(Options) },
-		ChildPerm:  childPerm,
+		Needs:      func(*block.Config) (perm, unshared block.Perm) { return block.PermWriteUnchanged, 0 },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			return open(ctx, o)
 		},
 	}
-}
-
-// childPerm asks for what copying needs, beside what users need.
-func childPerm(_ block.Role, perm, shared block.Perm) (block.Perm, block.Perm) {
-	return perm | block.PermWriteUnchanged, shared | block.PermWriteUnchanged
 }
 
 func open(ctx context.Context, o *block.Opening) (_ block.Instance, err error) {
