@@ -59,17 +59,19 @@ var givenNames = map[string]Given{
 // node is opened. Nothing is opened.
 func (g *Graph) Configure(filename string, o *Options) (*Config, error) {
 	o = o.clone()
-	c := configurator{graph: g}
 	if filename != "" {
 		if o.find("filename") != nil {
 			return nil, errTwoNames
 		}
-		driver := o.find("driver") // with that, the name may be that of the child
+		given := o.find("driver")
 		if err := o.mergeName(&filename); err != nil {
 			return nil, err
 		}
-		if driver == nil && filename != "" {
-			if err := o.Set("filename", filename); err != nil {
+		// A format that is given takes no name; it is the name of its file then.
+		if o.nameFile(filename) {
+			filename = ""
+		} else if given == nil || g.isProtocol(given.value) {
+			if err := o.setName(filename); err != nil {
 				return nil, err
 			}
 			filename = ""
@@ -81,7 +83,7 @@ func (g *Graph) Configure(filename string, o *Options) (*Config, error) {
 	if _, err := o.decode(&snapshot); err != nil {
 		return nil, err
 	}
-	cfg, err := c.node(o, true)
+	cfg, err := g.configNode(o, true)
 	if err != nil {
 		return nil, err
 	}
@@ -114,11 +116,30 @@ func (o *Options) mergeName(name *string) error {
 	return nil
 }
 
-type configurator struct{ graph *Graph }
+// setName sets the option filename, if there is a name.
+func (o *Options) setName(name string) error {
+	if name == "" {
+		return nil
+	}
+	return o.Set("filename", name)
+}
 
-// node describes the node whose options are o, which is used up. names says that a
+// nameFile makes name that of child "file", if that has options but no name.
+func (o *Options) nameFile(name string) bool {
+	file := o.find("file")
+	return name != "" && file != nil && !file.given && file.find("filename") == nil && file.Set("filename", name) == nil
+}
+
+// isProtocol tells whether driver is the name of one.
+func (g *Graph) isProtocol(driver any) bool {
+	name, _ := driver.(string)
+	d := g.drivers[name]
+	return d != nil && d.Kind == Protocol
+}
+
+// configNode describes the node whose options are o, which is used up. names says that a
 // file name may state a protocol or hold options; else it is taken as it is.
-func (c *configurator) node(o *Options, names bool) (*Config, error) {
+func (g *Graph) configNode(o *Options, names bool) (*Config, error) {
 	filename := ""
 	for o.find("driver") == nil {
 		f := struct {
@@ -144,23 +165,25 @@ func (c *configurator) node(o *Options, names bool) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg.Filename = filename
+	if !o.nameFile(filename) {
+		cfg.Filename = filename
+	}
 	children := []string{"file"}
-	d := c.graph.drivers[cfg.Driver]
+	d := g.drivers[cfg.Driver]
 	switch {
 	case d != nil:
 		children = d.childNames()
 	case cfg.Driver != "":
 		return nil, unknownDriver(cfg.Driver)
 	}
-	if err := c.backing(cfg, o); err != nil {
+	if err := g.configBacking(cfg, o); err != nil {
 		return nil, err
 	}
 	if cfg.Children["backing"] != nil && d != nil && !d.Backing {
 		return nil, errNoBacking
 	}
 	for _, name := range children {
-		if err := c.children(cfg, o, name); err != nil {
+		if err := g.configChildren(cfg, o, name); err != nil {
 			return nil, err
 		}
 	}
@@ -191,8 +214,8 @@ func (o *Options) common() (*Config, error) {
 	return cfg, nil
 }
 
-// backing describes child "backing", which can be none: null, or "" where the spelling has no null.
-func (c *configurator) backing(cfg *Config, o *Options) error {
+// configBacking describes child "backing", which can be none: null, or "" where the spelling has no null.
+func (g *Graph) configBacking(cfg *Config, o *Options) error {
 	b := o.find("backing")
 	if b == nil {
 		return nil
@@ -202,11 +225,11 @@ func (c *configurator) backing(cfg *Config, o *Options) error {
 		cfg.NoBacking = true
 		return nil
 	}
-	return c.children(cfg, o, "backing")
+	return g.configChildren(cfg, o, "backing")
 }
 
-// children describes the child called name, or the list of children that it stands for.
-func (c *configurator) children(cfg *Config, o *Options, name string) error {
+// configChildren describes the child called name, or the list of children that it stands for.
+func (g *Graph) configChildren(cfg *Config, o *Options, name string) error {
 	prefix, isList := strings.CutSuffix(name, ".*")
 	sub := o.find(prefix)
 	if sub == nil {
@@ -220,7 +243,7 @@ func (c *configurator) children(cfg *Config, o *Options, name string) error {
 		}
 	}
 	for _, name := range list {
-		child, err := c.child(o.take(name), name)
+		child, err := g.configChild(o.take(name), name)
 		if err != nil {
 			return err
 		}
@@ -235,10 +258,10 @@ func (c *configurator) children(cfg *Config, o *Options, name string) error {
 	return nil
 }
 
-// child describes a child: a reference to a node, or options.
-func (c *configurator) child(o *Options, name string) (*Config, error) {
+// configChild describes a child: a reference to a node, or options.
+func (g *Graph) configChild(o *Options, name string) (*Config, error) {
 	if !o.given {
-		return c.node(o, name == "file" || name == "backing")
+		return g.configNode(o, name == "file" || name == "backing")
 	}
 	ref, ok := o.value.(string)
 	switch {

@@ -61,7 +61,7 @@ func (g *Graph) ProtocolConfig(name string) (*Config, error) {
 	if err := c.setFilename(d, name); err != nil {
 		return nil, err
 	}
-	c.Options, err = d.decode(c.unread)
+	c.Options, err = d.decode(c.unread.clone())
 	c.unread = nil
 	return c, err
 }
@@ -76,6 +76,7 @@ func CombineNames(base, name string) string {
 	case !isFile && statesProtocol(name):
 		return name
 	}
+	base = strings.TrimPrefix(base, "file:")
 	// Not path.Join: "a/../b" differs from "b" where a is a symbolic link.
 	return literal(base[:strings.LastIndexByte(base, '/')+1] + file)
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // Bounds of what is parsed: the text in bytes, how deep names go, and the length of
@@ -91,6 +92,9 @@ var errNoObject = errors.New("Invalid JSON object given")
 
 // parseJSON reads an object into o.
 func (o *Options) parseJSON(text string) error {
+	if !utf8.ValidString(text) {
+		return errors.New("invalid UTF-8") // the decoder would replace it
+	}
 	d := json.NewDecoder(strings.NewReader(text))
 	d.UseNumber()
 	t, err := d.Token()
@@ -329,7 +333,7 @@ func (o *Options) list() ([]string, bool) {
 	return list, true
 }
 
-// plain gives the options as maps, lists and single values.
+// plain gives the options as a map, a list or a single value.
 func (o *Options) plain() any {
 	if o.given {
 		return o.value
@@ -343,6 +347,10 @@ func (o *Options) plain() any {
 	if len(list) > 0 && len(list) == len(o.sub) {
 		return list
 	}
+	return o.object()
+}
+
+func (o *Options) object() map[string]any {
 	m := make(map[string]any, len(o.sub))
 	for name, sub := range o.sub {
 		m[name] = sub.plain()
@@ -356,7 +364,7 @@ func (o *Options) MarshalJSON() ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
-	err := e.Encode(o.plain())
+	err := e.Encode(o.object())
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 

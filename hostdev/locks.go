@@ -215,8 +215,34 @@ func (l *locks) restore() {
 	l.locked = l.standing
 }
 
+// makeLocks gets ready to take locks, where cfg asks for them. lockMu is not held.
+func (n *node) makeLocks(cfg *block.Config) error {
+	if n.opts.Locking == LockingOff || cfg.NoIO || cfg.ForceShare {
+		return nil
+	}
+	l, err := newLocks(n.fd, n.filename, n.opts.Locking, n.self.Graph().Log())
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
+	n.locks = l
+	return err
+}
+
+// dropLocks gives all locks up.
+func (n *node) dropLocks() error {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
+	if n.locks == nil {
+		return nil
+	}
+	err := n.locks.close()
+	n.locks = nil
+	return err
+}
+
 // CheckPerm implements [block.Permitter].
 func (n *node) CheckPerm(perm, shared block.Perm) error {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if n.locks == nil {
 		return nil
 	}
@@ -225,6 +251,8 @@ func (n *node) CheckPerm(perm, shared block.Perm) error {
 
 // SetPerm implements [block.Permitter].
 func (n *node) SetPerm(perm, shared block.Perm) {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if l := n.locks; l != nil {
 		l.standing = lockBits{perm, block.PermAll &^ shared}
 		l.restore()
@@ -233,6 +261,8 @@ func (n *node) SetPerm(perm, shared block.Perm) {
 
 // AbortPerm implements [block.Permitter].
 func (n *node) AbortPerm() {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if n.locks != nil {
 		n.locks.restore()
 	}
