@@ -31,7 +31,8 @@ type Driver struct {
 	Children []string
 	// Mutable names the driver's own options that a reopen may change, see [Reopener].
 	Mutable []string
-	// NewOptions returns a pointer to the driver's own options with their defaults.
+	// NewOptions returns a pointer to the driver's own options with their defaults: a
+	// struct with tags for those that text can set, see [Options.Decode].
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens
 	// children through o, and has no other effect beyond what it returns. On error
