@@ -73,6 +73,10 @@ func open(ctx context.Context, o *block.Opening, host Host) (_ block.Instance, e
 	}()
 	writable := !o.Config.ReadOnly && !o.Config.NoIO
 	h, err := readHeader(ctx, file, writable)
+	if err != nil && writable && o.AutoReadOnly(ctx, err) == nil {
+		writable = false
+		h, err = readHeader(ctx, file, false)
+	}
 	if err != nil {
 		return nil, err
 	}
