@@ -92,7 +92,7 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 	for {
 		g.mu.Lock()
 		tree := topological(pick()...)
-		busy := atWork(tree)
+		busy := claimed(tree)
 		if busy == nil {
 			set := slices.DeleteFunc(slices.Clone(tree), (*Node).Active)
 			c := g.claim(set)
@@ -104,8 +104,8 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 		if err := busy.wait(ctx); err != nil {
 			return err
 		}
-		if c, ok := busy.(*claim); ok && c.failedFor(tree) {
-			return c.err
+		if busy.failedFor(tree) {
+			return busy.err
 		}
 	}
 }
@@ -201,7 +201,7 @@ func (g *Graph) inactivate(ctx context.Context, pick func() []*Node) error {
 	for {
 		g.mu.Lock()
 		set, ask, err := inactivable(pick(), verdicts)
-		busy := atWork(set)
+		busy := claimed(set)
 		if len(ask) == 0 && err == nil && busy == nil {
 			c := g.claim(set)
 			g.mu.Unlock()
@@ -297,27 +297,23 @@ func (g *Graph) inactivateSet(ctx context.Context, c *claim) error {
 // good and takes no lock. It waits while the node is being activated or inactivated.
 func (n *Node) Peek(ctx context.Context) (Peeked, error) {
 	g := n.graph
-	c, err := g.claimWhenFree(ctx, func() []*Node { return topological(n) })
+	c, err := g.claimWhenFree(ctx, func() []*Node { return storage(n) })
 	if err != nil {
 		return Peeked{}, err
 	}
-	p, err := n.peek(ctx)
+	var p Peeked
+	for _, below := range slices.Backward(c.nodes) {
+		if err == nil {
+			p, err = below.peek(ctx)
+		}
+	}
 	return p, g.end(c, err)
 }
 
-// peek looks at the children that hold the node's own bytes, then at the node.
+// peek is Peek for a node whose children were peeked at.
 func (n *Node) peek(ctx context.Context) (Peeked, error) {
-	if !n.Active() {
-		for _, e := range n.Children() {
-			if e.role&RoleCOW == 0 {
-				if _, err := e.Node().peek(ctx); err != nil {
-					return Peeked{}, err
-				}
-			}
-		}
-		if p, ok := n.inst.(Peeker); ok {
-			return p.Peek(ctx)
-		}
+	if p, ok := n.inst.(Peeker); ok && !n.Active() {
+		return p.Peek(ctx)
 	}
 	p := Peeked{Size: n.Size()}
 	if i, ok := n.inst.(Inspector); ok {

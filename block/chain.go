@@ -125,7 +125,7 @@ func (g *Graph) Freeze(top, base *Node) (thaw func(), err error) {
 	for n := top; n != base; {
 		if t := n.tx; t != nil {
 			g.mu.Unlock()
-			<-t.free
+			<-t.hold.done
 			g.mu.Lock()
 			n, links = top, nil
 			continue

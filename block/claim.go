@@ -11,20 +11,21 @@ import (
 // held: activation, inactivation, reopen. A node has one claim at a time. Under it
 // the links of the node stay, but for users that leave.
 type claim struct {
-	nodes      []*Node       // with a reference each
+	nodes      []*Node       // with a reference each, but in a transaction
 	activating bool          // what it is for
 	done       chan struct{} // closed at its end
 	err        error         // how it went; to be read when done is closed
 }
 
-// atWork is who is at work on one of the nodes, nil for nobody. Graph.mu is held.
-func atWork(nodes []*Node) waiter {
+// claimed is a claim on one of the nodes, or nil; a transaction that asks drivers has
+// one too. Graph.mu is held.
+func claimed(nodes []*Node) *claim {
 	for _, n := range nodes {
 		switch {
 		case n.claim != nil:
 			return n.claim
 		case n.tx != nil:
-			return n.tx
+			return n.tx.hold
 		}
 	}
 	return nil
@@ -46,7 +47,7 @@ func (g *Graph) claimWhenFree(ctx context.Context, pick func() []*Node) (*claim,
 	for {
 		g.mu.Lock()
 		nodes := pick()
-		busy := atWork(nodes)
+		busy := claimed(nodes)
 		if busy == nil {
 			c := g.claim(nodes)
 			g.mu.Unlock()

@@ -1,7 +1,6 @@
 package block
 
 import (
-	"context"
 	"fmt"
 	"slices"
 )
@@ -31,8 +30,7 @@ const (
 	EventRefblockAlloc
 	EventClusterAlloc
 	EventClusterFree
-	EventFlushToOS
-	EventFlushToDisk
+	EventFlushToDisk // of the node that is told
 	EventPwritevRMWHead
 	EventPwritevRMWAfterHead
 	EventPwritevRMWTail
@@ -47,7 +45,7 @@ const (
 var debugEventNames = [NumDebugEvents]string{
 	"none", "l1_update", "l2_load", "l2_update", "l2_alloc_write", "read_aio", "read_backing_aio", "read_compressed", "write_aio",
 	"cow_read", "cow_write", "reftable_load", "reftable_update", "reftable_grow", "refblock_load", "refblock_update_part",
-	"refblock_alloc", "cluster_alloc", "cluster_free", "flush_to_os", "flush_to_disk", "pwritev_rmw_head",
+	"refblock_alloc", "cluster_alloc", "cluster_free", "flush_to_disk", "pwritev_rmw_head",
 	"pwritev_rmw_after_head", "pwritev_rmw_tail", "pwritev_rmw_after_tail", "pwritev", "pwritev_zero", "pwritev_done", "cor_write",
 }
 
@@ -58,7 +56,7 @@ func (e DebugEvent) String() string { return debugEventNames[e] }
 func (e *DebugEvent) UnmarshalText(text []byte) error {
 	i := slices.Index(debugEventNames[:], string(text))
 	if i < 0 {
-		return fmt.Errorf("Invalid event name \"%s\": nothing here tells of it: %w", text, ErrInvalid)
+		return fmt.Errorf("no event '%s' is told here: %w", text, ErrInvalid)
 	}
 	*e = DebugEvent(i)
 	return nil
@@ -67,23 +65,25 @@ func (e *DebugEvent) UnmarshalText(text []byte) error {
 // A Debugger is told of events; the driver blkdebug is one.
 type Debugger interface {
 	// DebugEvent is called in the middle of the work of a request. It may block.
-	DebugEvent(ctx context.Context, e DebugEvent)
-	// Breakpoint has the next request that meets e stop until Resume(tag).
-	Breakpoint(e DebugEvent, tag string) error
-	// RemoveBreakpoint takes breakpoints away; the requests that they stopped go on.
+	DebugEvent(e DebugEvent)
+	// Breakpoint has the next request that meets e stop, once, until Resume(tag).
+	Breakpoint(e DebugEvent, tag string)
+	// RemoveBreakpoint takes the breakpoints of a tag away, and the requests that they
+	// have stopped go on. The error wraps ENOENT if there are neither.
 	RemoveBreakpoint(tag string) error
-	// Resume lets a request go on that has stopped at a breakpoint.
+	// Resume lets a request go on that has stopped at a breakpoint. The error wraps
+	// ENOENT if there is none.
 	Resume(tag string) error
 	// Suspended tells whether a request has stopped at a breakpoint.
 	Suspended(tag string) bool
 }
 
 // Debug tells the child of an event. It costs nothing unless the child is a [Debugger].
-func (e *Edge) Debug(ctx context.Context, ev DebugEvent) { e.Node().debug(ctx, ev) }
+func (e *Edge) Debug(ev DebugEvent) { e.Node().debug(ev) }
 
-func (n *Node) debug(ctx context.Context, ev DebugEvent) {
+func (n *Node) debug(ev DebugEvent) {
 	if n.debugger != nil {
-		n.debugger.DebugEvent(ctx, ev)
+		n.debugger.DebugEvent(ev)
 	}
 }
 

@@ -129,7 +129,7 @@ func (g *Graph) waitReady(ctx context.Context, nodes []*Node) error {
 	for {
 		g.mu.Lock()
 		above, ready := ancestors(nodes...), g.ready
-		i := slices.IndexFunc(above, func(n *Node) bool { return n.busy && !n.waiting })
+		i := slices.IndexFunc(above, func(n *Node) bool { return n.busy && !n.waiting && g.nodes[n.name] == n })
 		g.mu.Unlock()
 		if i < 0 {
 			return nil

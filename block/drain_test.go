@@ -63,7 +63,7 @@ func refused(l *block.Lane) bool {
 	return !ok
 }
 
-func TestDrainWaitsForWhatIsInFlight(t *testing.T) {
+func TestG16DrainWaitsForWhatIsInFlight(t *testing.T) {
 	g := newGraph(t)
 	n, gate := slowDisk(t, g, "slow")
 	r := attached(t, n, "export", rd, all)
@@ -104,7 +104,7 @@ func TestDrainWaitsForWhatIsInFlight(t *testing.T) {
 	g.DrainEnd(n)
 }
 
-func TestDrainedRootAdmitsNothingAndResumesOnce(t *testing.T) {
+func TestG16DrainedRootAdmitsNothingAndResumesOnce(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("", 4096))
 	r := attached(t, n, "export", rd, all)
@@ -142,7 +142,7 @@ func TestDrainedRootAdmitsNothingAndResumesOnce(t *testing.T) {
 	}
 }
 
-func TestDrainedSectionsNest(t *testing.T) {
+func TestG16DrainedSectionsNest(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	n := opened(t, g, node("n", ev, filter, disk("file0", 4096)))
@@ -179,7 +179,7 @@ func TestDrainedSectionsNest(t *testing.T) {
 	}
 }
 
-func TestUnrelatedExportsAreNotDrained(t *testing.T) {
+func TestG16UnrelatedExportsAreNotDrained(t *testing.T) {
 	g := newGraph(t)
 	hung, gate := slowDisk(t, g, "hung")
 	other := opened(t, g, disk("other", 1<<20))
@@ -212,7 +212,7 @@ func TestUnrelatedExportsAreNotDrained(t *testing.T) {
 	g.DrainEnd(hung)
 }
 
-func TestDrainOfASharedChildDrainsAllAboveIt(t *testing.T) {
+func TestG16DrainOfASharedChildDrainsAllAboveIt(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	opened(t, g, disk("base", 4096))
@@ -234,7 +234,7 @@ func TestDrainOfASharedChildDrainsAllAboveIt(t *testing.T) {
 	}
 }
 
-func TestCancelledDrainIsUndone(t *testing.T) {
+func TestG16CancelledDrainIsUndone(t *testing.T) {
 	g := newGraph(t)
 	n, gate := slowDisk(t, g, "slow")
 	r := attached(t, n, "export 'a'", rd, all)
@@ -261,7 +261,7 @@ func TestCancelledDrainIsUndone(t *testing.T) {
 	}
 }
 
-func TestBackgroundWorkPausesAfterTheRequests(t *testing.T) {
+func TestG16BackgroundWorkPausesFromTheTopDown(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	opened(t, g, disk("base", 4096))
@@ -282,7 +282,7 @@ func TestBackgroundWorkPausesAfterTheRequests(t *testing.T) {
 }
 
 // A node that is put over a drained one was never told to pause.
-func TestNewParentOfADrainedNodeIsDrainedLikeTheOthers(t *testing.T) {
+func TestG16NewParentOfADrainedNodeIsDrainedLikeTheOthers(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	opened(t, g, disk("base", 4096))
@@ -316,7 +316,7 @@ func TestNewParentOfADrainedNodeIsDrainedLikeTheOthers(t *testing.T) {
 	}
 }
 
-func TestRootLeavesDuringADrain(t *testing.T) {
+func TestG16RootLeavesDuringADrain(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("", 4096))
 	a, b := attach(t, n, "a", rd, all), attached(t, n, "b", rd, all)
@@ -331,7 +331,7 @@ func TestRootLeavesDuringADrain(t *testing.T) {
 	}
 }
 
-func TestDoWaitsWhileDrained(t *testing.T) {
+func TestG16DoWaitsWhileDrained(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("", 4096))
 	r := attached(t, n, "tool", rd, all)
@@ -358,7 +358,7 @@ func TestDoWaitsWhileDrained(t *testing.T) {
 	}
 }
 
-func TestDetachWaitsForWhatIsInFlight(t *testing.T) {
+func TestG16DetachWaitsForWhatIsInFlight(t *testing.T) {
 	g := newGraph(t)
 	n, gate := slowDisk(t, g, "slow")
 	r := attach(t, n, "export 'a'", rd, all)
@@ -379,7 +379,7 @@ func TestDetachWaitsForWhatIsInFlight(t *testing.T) {
 
 // Many connections work while drains come and go: inside a drained section nothing
 // may run, and everything refused must be resumed.
-func TestNothingRunsInsideADrainedSection(t *testing.T) {
+func TestG16NothingRunsInsideADrainedSection(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("", 1<<20))
 	r := attached(t, n, "export", rd|wr, rd|wr)

@@ -31,6 +31,10 @@ type Driver struct {
 	Children []string
 	// Mutable names the driver's own options that a reopen may change, see [Reopener].
 	Mutable []string
+	// Needs, if not nil, tells which permissions a node needs of its children, and does
+	// not share, for itself: in addition to what its users need and do not share, from
+	// which rule G13 computes those of the children. It is called with the graph's lock held.
+	Needs func(cfg *Config) (perm, unshared Perm)
 	// NewOptions returns a pointer to the driver's own options with their defaults.
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens

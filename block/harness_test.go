@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -41,6 +43,12 @@ func (e *events) take() []string {
 	l := e.list
 	e.list = nil
 	return l
+}
+
+func (e *events) has(event string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Contains(e.list, event)
 }
 
 type kid struct {
@@ -132,6 +140,17 @@ func (n *testNode) AbortPerm() { n.o.events.add("abort %s", n.name) }
 
 func newGraph(t blocktest.TB) *block.Graph { return blocktest.NewGraph(t, testDriver(), cowDriver()) }
 
+// newLoggedGraph is newGraph, with its log in w.
+func newLoggedGraph(t blocktest.TB, w io.Writer) *block.Graph {
+	g := block.NewGraph(slog.New(slog.NewTextHandler(w, nil)), testDriver(), cowDriver(), blocktest.Memory(t), blocktest.FaultDriver())
+	t.Cleanup(func() {
+		if err := g.Close(ctx); err != nil {
+			t.Errorf("%v", err)
+		}
+	})
+	return g
+}
+
 // node describes a test node over kids; each kid's name is followed by its configuration.
 func node(name string, ev *events, kids ...any) *block.Config {
 	o := &nodeOptions{events: ev}
@@ -211,15 +230,41 @@ func detach(t blocktest.TB, r *block.Root) {
 func dump(g *block.Graph) string {
 	var b strings.Builder
 	for _, n := range g.Nodes() {
-		fmt.Fprintf(&b, "%s refs %d quiesced %d\n", n.Name(), n.Refs(), n.Quiesced())
+		perm, shared := n.Granted()
+		fmt.Fprintf(&b, "%s refs %d quiesced %d active %t size %d limits %v granted %s / %s\n",
+			n.Name(), n.Refs(), n.Quiesced(), n.Active(), n.Size(), n.Limits(), perm, shared)
+		if c, ok := n.Instance().(block.BackingChanger); ok {
+			name, format := c.BackingFile()
+			fmt.Fprintf(&b, "  header %s %s\n", name, format)
+		}
 		for _, e := range n.Parents() {
 			fmt.Fprintf(&b, "  used by %s as %s (%s): %s / %s\n", e.User(), e.Name(), e.Role(), e.Perm(), e.Shared())
 		}
 		for _, e := range n.Children() {
-			fmt.Fprintf(&b, "  uses %s as %s (%s): %s / %s\n", e.Node().Name(), e.Name(), e.Role(), e.Perm(), e.Shared())
+			fmt.Fprintf(&b, "  uses %s as %s (%s): %s / %s, frozen %d\n", e.Node().Name(), e.Name(), e.Role(), e.Perm(), e.Shared(), e.Frozen())
+		}
+		if e := n.Backing(); e != nil {
+			fmt.Fprintf(&b, "  reads %s\n", e.Node().Name())
 		}
 	}
 	return b.String()
+}
+
+// verify checks that the graph is in order. No change and no drain may begin or end meanwhile.
+func verify(t blocktest.TB, g *block.Graph) {
+	t.Helper()
+	if wrong := g.Verify(); len(wrong) > 0 {
+		t.Fatalf("the graph is out of order:\n%s\n%s", strings.Join(wrong, "\n"), dump(g))
+	}
+}
+
+// unchanged checks that the graph is what it was.
+func unchanged(t blocktest.TB, g *block.Graph, before string) {
+	t.Helper()
+	if after := dump(g); after != before {
+		t.Errorf("the graph has changed:\n%s\nbefore:\n%s", after, before)
+	}
+	verify(t, g)
 }
 
 func wantEvents(t *testing.T, ev *events, want ...string) {

@@ -38,7 +38,7 @@ type Node struct {
 	// Guarded by Graph.mu.
 	refs         int
 	busy         bool   // the driver is opening or closing it
-	waiting      bool   // a change of its edges waits for another one, and with it what busy is about
+	waiting      bool   // what busy is about waits for a change of the node's edges
 	claim        *claim // somebody changes the node as a whole
 	parents      []*Edge
 	children     []*Edge

@@ -13,7 +13,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-func TestPermissionsOfChildrenFollowRuleG13(t *testing.T) {
+func TestG13PermissionsOfChildren(t *testing.T) {
 	filterRole := block.RoleFiltered | block.RolePrimary
 	data := block.RoleData | block.RolePrimary
 	for _, c := range []struct {
@@ -45,7 +45,7 @@ func TestPermissionsOfChildrenFollowRuleG13(t *testing.T) {
 	}
 }
 
-func TestConflictNamesNodePermissionAndBothUsers(t *testing.T) {
+func TestG12ConflictNamesNodePermissionAndBothUsers(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("disk0", 512))
 	attached(t, n, "export 'a'", rd|wr, rd)
@@ -61,7 +61,7 @@ func TestConflictNamesNodePermissionAndBothUsers(t *testing.T) {
 	attached(t, n, "export 'd'", rd, rd|wr) // who shares it may come
 }
 
-func TestConflictBelowAFormatNamesItsChild(t *testing.T) {
+func TestG12ConflictBelowAFormatNamesItsChild(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	top := opened(t, g, node("fmt", ev, image, disk("file0", 512)))
@@ -78,7 +78,7 @@ func TestConflictBelowAFormatNamesItsChild(t *testing.T) {
 	}
 }
 
-func TestTwoWritersOfOneFileAreRefused(t *testing.T) {
+func TestG11TwoWritersOfOneFileAreRefused(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	opened(t, g, node("one", ev, image, disk("file0", 512)))
@@ -90,7 +90,7 @@ func TestTwoWritersOfOneFileAreRefused(t *testing.T) {
 	}
 }
 
-func TestBackingFileOfAWriterCannotBeWritten(t *testing.T) {
+func TestG11BackingFileOfAWriterCannotBeWritten(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	base := disk("base", 512)
@@ -101,7 +101,7 @@ func TestBackingFileOfAWriterCannotBeWritten(t *testing.T) {
 	wantError(t, err, block.ErrBusy, "permissions 'write'", "export 'base'", "node 'top'", "'backing' child")
 }
 
-func TestReadOnlyNodesCannotBeWritten(t *testing.T) {
+func TestG11ReadOnlyNodesCannotBeWritten(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	c := disk("ro", 512)
@@ -115,7 +115,7 @@ func TestReadOnlyNodesCannotBeWritten(t *testing.T) {
 	wantError(t, err, block.ErrReadOnly, "'ro'", "read-only")
 }
 
-func TestDetachLoosensExactlyWhatAttachTightened(t *testing.T) {
+func TestG14DetachLoosensExactlyWhatAttachTightened(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	top := opened(t, g, node("top", ev, filter, node("fmt", ev, image, disk("file0", 512), backing, disk("base", 512))))
@@ -130,7 +130,7 @@ func TestDetachLoosensExactlyWhatAttachTightened(t *testing.T) {
 	}
 }
 
-func TestDriversHearOfThePermissionsOfAllParents(t *testing.T) {
+func TestG14DriversHearOfThePermissionsOfAllParents(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	n := opened(t, g, node("n", ev))
@@ -149,7 +149,7 @@ func TestDriversHearOfThePermissionsOfAllParents(t *testing.T) {
 
 // Locks are taken on check, from the top down; a veto takes them back in reverse,
 // and the one that vetoed has nothing to take back.
-func TestVetoAbortsTheChecksBeforeIt(t *testing.T) {
+func TestG14VetoAbortsTheChecksBeforeIt(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)
 	locked := node("c", ev)
@@ -188,7 +188,7 @@ func TestG14NoDriverIsAskedForWhatTheGraphForbids(t *testing.T) {
 	wantEvents(t, ev)
 }
 
-func TestRequestsNeedTheirPermission(t *testing.T) {
+func TestG11RequestsNeedTheirPermission(t *testing.T) {
 	g := newGraph(t)
 	s := blocktest.StoreOf([]byte(strings.Repeat("x", 1024)))
 	n := opened(t, g, blocktest.MemoryConfig(s))
@@ -226,7 +226,7 @@ func TestRequestsNeedTheirPermission(t *testing.T) {
 
 // Random users come and go over a graph with a diamond. A refusal must leave
 // everything as it was, and at the end nothing but the first state may be left.
-func TestAbortLeavesTheGraphAsBefore(t *testing.T) {
+func TestG14AbortLeavesTheGraphAsBefore(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		g := newGraph(rt)
 		ev := new(events)

@@ -113,6 +113,11 @@ func (e *Edge) wanted() (perm, shared Perm) {
 		return 0, PermAll
 	}
 	perm, shared = e.parent.cumulative()
+	if needs := e.parent.driver.Needs; needs != nil {
+		own, unshared := needs(e.parent.cfg())
+		perm |= own
+		shared &^= unshared
+	}
 	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.parent.cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
 }
 

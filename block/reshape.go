@@ -14,7 +14,17 @@ import (
 
 // reshape runs edit as a transaction while the nodes are drained.
 func (g *Graph) reshape(ctx context.Context, edit func(t *tx) error, nodes ...*Node) error {
-	return g.drained(ctx, func() error { return g.change(ctx, edit) }, nodes...)
+	return g.reshaping(ctx, func() error { return g.change(ctx, edit) }, nodes...)
+}
+
+// reshaping runs f while the nodes are drained; again if a node was opened over them
+// meanwhile, for which the next drain waits.
+func (g *Graph) reshaping(ctx context.Context, f func() error, nodes ...*Node) error {
+	for {
+		if err := g.drained(ctx, f, nodes...); !errors.Is(err, errOpening) {
+			return err
+		}
+	}
 }
 
 // Replace makes all users of from use to instead, except those inside to's own
@@ -112,7 +122,7 @@ func (g *Graph) AppendOverlay(ctx context.Context, overlay, base *Node) error {
 	if err != nil {
 		return err // without a pause
 	}
-	return g.drained(ctx, func() error {
+	return g.reshaping(ctx, func() error {
 		if err := base.flush(ctx); err != nil {
 			return base.fail("flush", 0, 0, err)
 		}
@@ -196,7 +206,7 @@ func (g *Graph) DropIntermediate(ctx context.Context, top, base *Node, backingNa
 		}
 		return nil
 	}
-	return g.drained(ctx, func() (err error) {
+	return g.reshaping(ctx, func() (err error) {
 		g.mu.Lock()
 		err, overlays := check(), top.overlays()
 		g.mu.Unlock()
@@ -241,7 +251,7 @@ func (n *Node) headerName() (name, format string) {
 	if n.driver.Kind == Protocol {
 		format = "raw"
 	}
-	return n.Filename(), format
+	return n.ExactFilename(), format
 }
 
 // overlays lists the nodes that have n as backing node. Graph.mu is held.

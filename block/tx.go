@@ -3,7 +3,6 @@ package block
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 )
 
@@ -28,9 +27,8 @@ type tx struct {
 	touched  []*Node  // whose users or children change; must not be claimed by others
 	perms    permTx
 	quiesced quiesced
-	resized  []*Root       // roots that are to be told after a commit
-	occupied []*Node       // whose Node.tx is this one
-	free     chan struct{} // closed when they are free again
+	resized  []*Root // roots that are to be told after a commit
+	hold     *claim  // on the nodes whose Node.tx is this one
 }
 
 // change runs edit as one transaction. edit makes its edits through t, with Graph.mu
@@ -63,7 +61,7 @@ func (g *Graph) changeBy(ctx context.Context, by *claim, edit func(t *tx) error)
 
 // prepare makes the edits and computes the permissions. If that fails, or somebody
 // else, who is returned, is at work on one of the nodes, all is undone.
-func (t *tx) prepare(edit func(t *tx) error) (other waiter, err error) {
+func (t *tx) prepare(edit func(t *tx) error) (other *claim, err error) {
 	t.g.mu.Lock()
 	defer t.g.mu.Unlock()
 	err = edit(t)
@@ -79,13 +77,18 @@ func (t *tx) prepare(edit func(t *tx) error) (other waiter, err error) {
 	if err != nil || other != nil {
 		t.abort()
 	}
+	t.waits(other != nil || err == nil)
+	return other, err
+}
+
+// waits notes whether the nodes touched wait: for somebody else, or for the consent of drivers.
+func (t *tx) waits(so bool) {
 	for _, n := range t.touched {
-		n.waiting = other != nil
+		n.waiting = so
 	}
-	if other != nil {
+	if so {
 		t.g.signalReady()
 	}
-	return other, err
 }
 
 // end commits, or undoes all if err is not nil.
@@ -97,6 +100,7 @@ func (t *tx) end(err error) {
 	} else {
 		t.commit()
 	}
+	t.waits(false)
 }
 
 // clear does without locks what is left after the end, which err tells.
@@ -127,57 +131,44 @@ func (t *tx) touch(nodes ...*Node) {
 // recheck has the permissions below n computed, because what n is has changed.
 func (t *tx) recheck(n *Node) { t.below = append(t.below, n) }
 
-// A waiter is somebody at work on nodes.
-type waiter interface {
-	wait(ctx context.Context) error // for the end of that
-}
-
-// inTheWay returns who else is at work on what the change touches and, if deep says
-// so, on what has its permissions computed; nil for nobody.
-func (t *tx) inTheWay(deep bool) waiter {
+// inTheWay returns the claim of who else is at work on what the change touches and, if
+// deep says so, on what has its permissions computed; nil if nobody is.
+func (t *tx) inTheWay(deep bool) *claim {
 	for _, n := range t.touched {
 		switch {
 		case n.claim != nil && n.claim != t.perms.by:
 			return n.claim
 		case n.tx != nil:
-			return n.tx
+			return n.tx.hold
 		}
 	}
 	if deep {
 		for _, n := range topological(t.below...) {
 			if n.tx != nil {
-				return n.tx
+				return n.tx.hold
 			}
 		}
 	}
 	return nil
 }
 
-func (t *tx) wait(ctx context.Context) error {
-	select {
-	case <-t.free:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("another change of node '%s' did not end: %w", t.occupied[0].name, ctx.Err())
-	}
-}
-
 // occupy takes the nodes that the transaction reads or changes.
 func (t *tx) occupy() {
-	t.free = make(chan struct{})
-	t.occupied = slices.Concat(topological(t.below...), t.touched)
-	for _, n := range t.occupied {
+	t.hold = &claim{nodes: slices.Concat(topological(t.below...), t.touched), done: make(chan struct{})}
+	for _, n := range t.hold.nodes {
 		n.tx = t
 	}
 }
 
+// vacate gives back what occupy has taken.
 func (t *tx) vacate() {
-	for _, n := range t.occupied {
+	if t.hold == nil {
+		return
+	}
+	for _, n := range t.hold.nodes {
 		n.tx = nil
 	}
-	if t.free != nil {
-		close(t.free)
-	}
+	close(t.hold.done)
 }
 
 func (t *tx) permissions() error {
@@ -243,11 +234,15 @@ func (t *tx) unlink(e *Edge) {
 	t.leave(e, e.Node())
 }
 
+// errOpening is returned where a node that is being opened, and was not when its
+// children were drained, would have a child changed.
+var errOpening = refuse(ErrBusy, "a node is being opened")
+
 // move makes e lead to another child. Its place in the parent's list stays.
 func (t *tx) move(e *Edge, to *Node) error {
 	from := e.Node()
-	if e.parent != nil && e.parent.busy {
-		return refuse(ErrBusy, "Node '%s' is being opened or closed", e.parent.name)
+	if p := e.parent; p != nil && p.busy && !p.waiting {
+		return refuse(errOpening, "Node '%s' is being opened or closed", p.name)
 	}
 	t.touch(e.parent, from, to)
 	if err := e.mayChange(); err != nil {

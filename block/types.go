@@ -182,6 +182,12 @@ type Truncater interface {
 	Truncate(ctx context.Context, size int64) error
 }
 
+// A Refresher can look whether what it stores in has changed its size by itself.
+type Refresher interface {
+	// Refresh reads the size again, for Size to tell. It is called with nothing in flight.
+	Refresh(ctx context.Context) error
+}
+
 // A Permitter is told of the permissions that its parents hold in sum, and may
 // refuse (file locks). A CheckPerm that agreed is followed by exactly one SetPerm or
 // AbortPerm, with no other call between them. They are called without locks of the

@@ -1,6 +1,7 @@
 package export
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -42,6 +43,9 @@ type conn struct {
 	log  *slog.Logger
 	t    transport
 
+	here     context.Context // ends when the connection is cut, or closed
+	leave    context.CancelFunc
+	awaiting atomic.Bool // an activation
 	evicted  bool        // guarded by Server.mu
 	export   *Export     // in transmission; written by the reader under Server.mu
 	stopping atomic.Bool // nothing more is read
@@ -81,6 +85,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{s: s, id: s.accepted.Load(), nc: nc, peer: peerName(nc), quiet: make(chan struct{}, 1)}
+	c.here, c.leave = context.WithCancel(context.Background())
 	c.brisk.end = make(chan error, 1)
 	c.log = s.log.With("client", c.peer)
 	c.t = newTransport(nc, s.opt.SendTimeout)
@@ -128,17 +133,24 @@ func (c *conn) stop() {
 	}
 }
 
+// abort makes sending and receiving fail, and waiting for activation end.
+func (c *conn) abort() {
+	c.t.abort()
+	c.leave()
+}
+
 // cut ends the connection without answers.
 func (c *conn) cut() {
-	c.t.abort()
+	c.abort()
 	c.leaveParked()
 	c.budget.poke()
 }
 
 // noticeHangUp cuts a client that has left while the reader, which would have met
-// the end of the stream, waits for the budget. Its place is for others.
+// the end of the stream, waits for the budget or for an activation. Its place is for
+// others.
 func (c *conn) noticeHangUp() {
-	if c.budget.starving.Load() && c.t.hungUp() {
+	if (c.budget.starving.Load() || c.awaiting.Load()) && c.t.hungUp() {
 		c.cut()
 	}
 }
@@ -268,11 +280,13 @@ func (c *conn) finish() {
 			c.s.log.Error("flush after the last client failed", "export", c.export.name, "err", err)
 		}
 	}
+	c.export.release()
 }
 
 // close ends the connection so that answers under way arrive: closing with unread
 // input would destroy them, so the input is read until the client closes, for a moment.
 func (c *conn) close() {
+	defer c.leave()
 	defer c.nc.Close()
 	c.closing.Store(true)
 	half, ok := c.nc.(interface{ CloseWrite() error })

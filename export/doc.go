@@ -31,12 +31,26 @@
 // When the client leaves, its admitted requests finish, waiting ones are dropped
 // unless it said NBD_CMD_DISC, and the last client of an export flushes it.
 //
+// # Activation
+//
+// An export with [ActivationOnConnect] has its image while it has a client, so that
+// other processes can have it in between. The nodes below it have a life
+// (activation.go): they are inactive, activating, active or inactivating, and one
+// goroutine, the owner, changes that. NBD_OPT_GO, NBD_OPT_EXPORT_NAME and
+// NBD_OPT_SET_META_CONTEXT take a lease before they are answered. A connection has
+// one at most, of the export that it selected last; it is given back when the
+// requests of a client that has left have finished. Without a lease the owner
+// inactivates, after the linger time; if that fails the nodes stay active, and it
+// tries again. All exports of a node share its life.
+//
 // # Locks
 //
 // None of these is held while another one is taken, except as shown, and none
 // across I/O:
 //
 //	Server.mu        connections, exports, state of the server
+//	  nodeTree.mu    roots on top of a node
+//	life.mu          leases of a node tree, and its phase
 //	conn.mu          queue, waiting requests and workers of a connection
 //	  (Lane.Begin)
 //	output.mu        answers not yet sent

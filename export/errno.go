@@ -61,3 +61,17 @@ func clip(s string, max int) string {
 	}
 	return s + "..."
 }
+
+// clipMiddle is clip for texts whose end counts too, such as who holds a lock on a
+// file with a long name.
+func clipMiddle(s string, max int) string {
+	s = clip(s, len(s))
+	if len(s) <= max {
+		return s
+	}
+	tail := s[len(s)-max/2:]
+	for !utf8.ValidString(tail) {
+		tail = tail[1:]
+	}
+	return clip(s, max-len(tail)) + tail
+}

@@ -26,6 +26,12 @@ type Config struct {
 	ShareRW bool
 	// WriteThrough makes every write durable before it is answered.
 	WriteThrough bool
+	// Activation says when the nodes are active. With ActivationOnConnect they may be
+	// inactive at first; else they are activated now.
+	Activation Activation
+	// Linger is how long the nodes stay active once the last client has left, with
+	// ActivationOnConnect. [0]
+	Linger time.Duration
 }
 
 // An Export is a node that clients can use. Its methods may be called in parallel.
@@ -33,6 +39,9 @@ type Export struct {
 	name, description string
 	readOnly          bool
 	root              *block.Root
+	activation        Activation
+	linger            time.Duration
+	life              *nodeLife // of the nodes below root
 	stat              iostat.Export
 	clients           atomic.Int64
 	lastWarning       atomic.Int64 // ns on the server's clock, for the rate of log lines
@@ -50,8 +59,18 @@ func (e *Export) ReadOnly() bool { return e.readOnly }
 // Root is where the export's requests enter the graph.
 func (e *Export) Root() *block.Root { return e.root }
 
-// Drained tells whether requests wait for a drain to end.
-func (e *Export) Drained() bool { return e.root.Drained() }
+// Drained tells whether requests wait for a drain to end. An export that is
+// inactive, or on the way there or back, has no requests and is not drained.
+func (e *Export) Drained() bool {
+	_, p := e.life.activity()
+	return p == active && e.root.Drained()
+}
+
+// Activity tells how the nodes were activated and inactivated.
+func (e *Export) Activity() iostat.Activity {
+	a, _ := e.life.activity()
+	return a
+}
 
 // Clients is the number of clients in transmission.
 func (e *Export) Clients() int { return int(e.clients.Load()) }
@@ -91,20 +110,62 @@ func (s *Server) AddExport(ctx context.Context, cfg Config) (*Export, error) {
 		rc.Shared |= block.PermWrite
 	}
 	// The name is taken first: while the root is attached, nobody else gets it.
-	e := &Export{name: cfg.Name, description: cfg.Description, readOnly: cfg.ReadOnly}
-	if err := s.reserve(e); err != nil {
+	e := &Export{name: cfg.Name, description: cfg.Description, readOnly: cfg.ReadOnly, activation: cfg.Activation, linger: cfg.Linger}
+	if err := s.reserve(e, cfg); err != nil {
 		return nil, err
 	}
-	root, err := cfg.Graph.AttachRoot(ctx, rc)
-	if err != nil {
+	if cfg.Activation == ActivationOnConnect {
+		rc.AllowInactive = e.life.allowInactive
+	}
+	if err := e.attach(ctx, cfg.Graph, rc); err != nil {
 		s.forget(e)
 		return nil, fmt.Errorf("export %q: %w", cfg.Name, err)
 	}
-	e.root = root
 	if !s.publish(e) {
-		return nil, errors.Join(ErrStopped, root.Detach(ctx))
+		return nil, errors.Join(ErrStopped, e.root.Detach(ctx))
 	}
 	return e, nil
+}
+
+// attach makes the root. An export that is always active has a lease for its life.
+func (e *Export) attach(ctx context.Context, g *block.Graph, rc block.RootConfig) (err error) {
+	if e.activation == ActivationAlways {
+		if err := e.life.acquire(ctx); err != nil {
+			return err
+		}
+		defer func() {
+			if err != nil {
+				e.life.release(0)
+			}
+		}()
+	}
+	if e.root, err = g.AttachRoot(ctx, rc); err != nil {
+		return err
+	}
+	e.life.nodes.add(e.root)
+	return nil
+}
+
+// lease makes the nodes active for a client, who gives the lease back with release.
+func (e *Export) lease(ctx context.Context) error {
+	if e.activation == ActivationAlways {
+		return nil
+	}
+	return e.life.acquire(ctx)
+}
+
+func (e *Export) release() {
+	if e.activation != ActivationAlways {
+		e.life.release(e.linger)
+	}
+}
+
+// size is what a client that only asks is told: of an inactive export it is read afresh.
+func (e *Export) size(ctx context.Context) (int64, error) {
+	if _, p := e.life.activity(); p == active {
+		return e.root.Size(), nil
+	}
+	return e.root.PeekSize(ctx)
 }
 
 // flags are the transmission flags for a client.

@@ -40,8 +40,8 @@ func (s *Server) watch(end <-chan struct{}) {
 		for c := range s.conns {
 			if c.export != nil {
 				c.dismissIdle(s.now())
-				c.noticeHangUp()
 			}
+			c.noticeHangUp()
 		}
 		s.mu.Unlock()
 		logged = s.logSlow(logged)

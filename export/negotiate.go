@@ -1,6 +1,7 @@
 package export
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ const (
 // say they know it.
 type negotiation struct {
 	c        *conn
+	deadline time.Time
 	noZeroes bool
 	options  int // still allowed
 	skip     int // bytes of too long options still allowed
@@ -30,6 +32,8 @@ type negotiation struct {
 	structured bool
 	// meta is the export whose base:allocation was selected, or nil.
 	meta *Export
+	// held is the export that was selected last, which the connection has a lease of; or nil.
+	held *Export
 }
 
 // errDone ends a negotiation in which nothing went wrong.
@@ -38,22 +42,77 @@ var errDone = errors.New("negotiation ended by the client")
 // negotiate runs the handshake. It returns the export that the client has entered,
 // or nil when the connection is to be closed.
 func (c *conn) negotiate() *Export {
-	if err := c.nc.SetDeadline(time.Now().Add(c.s.opt.HandshakeTimeout)); err != nil {
+	n := &negotiation{c: c, options: c.s.opt.MaxOptions + 4*len(c.s.Exports()), skip: maxSkip}
+	if err := n.until(time.Now().Add(c.s.opt.HandshakeTimeout)); err != nil {
 		return nil
 	}
-	if c.t.aborted() {
-		c.t.abort() // the deadline has undone it
-	}
-	if c.s.isStopping() {
-		c.stop()
-	}
-	n := &negotiation{c: c, options: c.s.opt.MaxOptions + 4*len(c.s.Exports()), skip: maxSkip}
 	e, err := n.run()
+	if e == nil {
+		n.letGo()
+	}
 	if err != nil {
 		c.reportNegotiation(err)
 		return nil
 	}
 	return e
+}
+
+// until sets the deadline.
+func (n *negotiation) until(t time.Time) error {
+	n.deadline = t
+	if err := n.c.nc.SetDeadline(t); err != nil {
+		return err
+	}
+	if n.c.t.aborted() {
+		n.c.t.abort() // the deadline has undone it
+	}
+	if n.c.s.isStopping() {
+		n.c.stop()
+	}
+	return nil
+}
+
+// onBehalf runs f, which works for the client and may take long: that is not the
+// client's time.
+func (n *negotiation) onBehalf(f func(ctx context.Context) error) error {
+	n.c.awaiting.Store(true)
+	began := time.Now()
+	err := f(n.c.here)
+	n.c.awaiting.Store(false)
+	n.until(n.deadline.Add(time.Since(began))) // if that fails, so will the answer
+	return err
+}
+
+// hold activates e for the connection, which selects it. The export that it selected before is let go.
+func (n *negotiation) hold(e *Export) *refusal {
+	if n.held == e {
+		return nil
+	}
+	if err := n.onBehalf(e.lease); err != nil {
+		return notActive(e, err)
+	}
+	n.letGo()
+	n.held = e
+	return nil
+}
+
+// letGo gives the lease back.
+func (n *negotiation) letGo() {
+	if n.held != nil {
+		n.held.release()
+		n.held = nil
+	}
+}
+
+// notActive refuses an export that cannot be activated, or looked at. The code is
+// the same for all causes, the text tells them. A policy forbids what is asked now:
+// the export is there (so no ERR_UNKNOWN), and the option is supported (so neither
+// ERR_UNSUP nor ERR_PLATFORM, upon which clients try another way).
+func notActive(e *Export, err error) *refusal {
+	if errors.Is(err, ErrStopped) {
+		return &refusal{repErrShutdown, ErrStopped.Error()}
+	}
+	return &refusal{repErrPolicy, fmt.Sprintf("export %q cannot be used now: %v", clip(e.name, 80), err)}
 }
 
 // reportNegotiation logs why a negotiation failed. A peer that goes away is no news.
@@ -120,7 +179,7 @@ func (n *negotiation) option() (*Export, error) {
 			return nil, err
 		}
 		if opt == optSetMeta {
-			n.meta = nil
+			n.unselect()
 		}
 		n.fail(opt, repErrTooBig, fmt.Sprintf("option %d has %d bytes; at most %d are read", opt, length, maxOption))
 		return nil, n.send()
@@ -180,7 +239,7 @@ func (n *negotiation) reply(opt, typ uint32, data []byte) {
 }
 
 func (n *negotiation) fail(opt, typ uint32, text string) {
-	n.reply(opt, typ, []byte(clip(text, maxErrorText)))
+	n.reply(opt, typ, []byte(clipMiddle(text, maxErrorText)))
 }
 
 func (n *negotiation) send() error {
@@ -242,14 +301,18 @@ func (n *negotiation) infoOrGo(opt uint32, data []byte) (*Export, error) {
 		n.fail(opt, repErrUnknown, unknownExport(name))
 		return nil, n.send()
 	}
-	size := e.root.Size()
+	var size int64
+	var r *refusal
 	if opt == optGo {
 		// Nothing is said before the client has its place.
-		if r := n.enter(e, slices.Contains(wanted, infoBlockSize)); r != nil {
-			n.fail(opt, r.reply, r.text)
-			return nil, n.send()
-		}
+		r = n.enter(e, slices.Contains(wanted, infoBlockSize))
 		size = n.c.size
+	} else {
+		size, r = n.ask(e)
+	}
+	if r != nil {
+		n.fail(opt, r.reply, r.text)
+		return nil, n.send()
 	}
 	d := be.AppendUint16(nil, infoExport)
 	d = be.AppendUint64(d, uint64(size))
@@ -276,12 +339,43 @@ func (n *negotiation) infoOrGo(opt uint32, data []byte) (*Export, error) {
 
 // enter makes the connection a client of e.
 func (n *negotiation) enter(e *Export, toldSizes bool) *refusal {
-	if r := n.c.s.admit(n.c, e); r != nil {
-		n.c.log.Warn("client refused", "export", e.name, "why", r.text)
-		return r
+	r := n.c.s.full() // nothing is activated for a client that has no place
+	if r == nil {
+		r = n.hold(e)
 	}
+	if r == nil {
+		r = n.c.s.admit(n.c, e)
+	}
+	if r != nil {
+		return n.refused(e, r)
+	}
+	n.held = nil // transmission has the lease now
 	n.c.begin(e, n.structured, n.structured && n.meta == e, toldSizes)
 	return nil
+}
+
+// refused tells the log of a refusal.
+func (n *negotiation) refused(e *Export, r *refusal) *refusal {
+	n.c.log.Warn("client refused", "export", e.name, "why", r.text)
+	return r
+}
+
+// ask is what NBD_OPT_INFO needs to know of e.
+func (n *negotiation) ask(e *Export) (size int64, r *refusal) {
+	err := n.onBehalf(func(ctx context.Context) (err error) {
+		size, err = e.size(ctx)
+		return err
+	})
+	if err != nil {
+		return 0, notActive(e, err)
+	}
+	return size, nil
+}
+
+// unselect makes the connection have no export selected.
+func (n *negotiation) unselect() {
+	n.meta = nil
+	n.letGo()
 }
 
 // begin sends the last answer. If that fails, transmission finds out.
@@ -308,27 +402,39 @@ func parseInfo(data []byte) (name string, wanted []uint16, err error) {
 	return name, wanted, nil
 }
 
-// metaContext answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
-func (n *negotiation) metaContext(opt uint32, data []byte) {
-	set := opt == optSetMeta
-	if set {
-		n.meta = nil // also when this fails
-	}
+// metaTarget is what a metadata context option is about.
+func (n *negotiation) metaTarget(set bool, data []byte) (e *Export, queries []string, r *refusal) {
 	if set && !n.structured {
-		n.fail(opt, repErrInvalid, "metadata contexts need structured replies; negotiate these first")
-		return
+		return nil, nil, &refusal{repErrInvalid, "metadata contexts need structured replies; negotiate these first"}
 	}
 	name, queries, err := parseMeta(data)
 	if err == nil {
 		err = checkString("export name", name)
 	}
 	if err != nil {
-		n.fail(opt, repErrInvalid, err.Error())
-		return
+		return nil, nil, &refusal{repErrInvalid, err.Error()}
 	}
-	e := n.c.s.export(name)
-	if e == nil {
-		n.fail(opt, repErrUnknown, unknownExport(name))
+	if e = n.c.s.export(name); e == nil {
+		return nil, nil, &refusal{repErrUnknown, unknownExport(name)}
+	}
+	return e, queries, nil
+}
+
+// metaContext answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
+func (n *negotiation) metaContext(opt uint32, data []byte) {
+	set := opt == optSetMeta
+	e, queries, r := n.metaTarget(set, data)
+	if set {
+		n.meta = nil // also when this fails
+		if r == nil {
+			r = n.hold(e)
+		}
+		if r != nil {
+			n.letGo()
+		}
+	}
+	if r != nil {
+		n.fail(opt, r.reply, r.text)
 		return
 	}
 	// Other namespaces and names are ignored, as the specification wants.

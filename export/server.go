@@ -91,6 +91,7 @@ type Server struct {
 	mu        sync.Mutex
 	exports   []*Export // in the order in which they were added
 	names     map[string]*Export
+	lives     []*nodeLife
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
 	clients   int // connections in transmission whose client has not left
@@ -116,7 +117,8 @@ func NewServer(opt Options) *Server {
 // ErrStopped is returned for calls after Shutdown.
 var ErrStopped = errors.New("the NBD server is shutting down")
 
-func (s *Server) reserve(e *Export) error {
+// reserve takes the name, and gives e its part in the life of the node.
+func (s *Server) reserve(e *Export, cfg Config) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping {
@@ -126,13 +128,38 @@ func (s *Server) reserve(e *Export) error {
 		return fmt.Errorf("NBD server already has export named '%s'", e.name)
 	}
 	s.names[e.name] = e
+	e.life = s.lifeOf(cfg)
+	e.life.users++
 	return nil
 }
 
+// lifeOf finds the life of a node, or begins it. Server.mu is held.
+func (s *Server) lifeOf(cfg Config) *nodeLife {
+	for _, l := range s.lives {
+		if l.nodes.top() == cfg.Node {
+			return l
+		}
+	}
+	nodes := &nodeTree{graph: cfg.Graph, node: cfg.Node}
+	l := &nodeLife{life: newLife(s.hurry, nodes, s.log.With("node", cfg.Node.Name())), nodes: nodes}
+	s.lives = append(s.lives, l)
+	return l
+}
+
+// forget undoes reserve.
 func (s *Server) forget(e *Export) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	delete(s.names, e.name)
+	e.life.users--
+	last := e.life.users == 0
+	if last {
+		s.lives = slices.DeleteFunc(s.lives, func(l *nodeLife) bool { return l == e.life })
+	}
+	s.mu.Unlock()
+	if last {
+		e.life.stop()
+		<-e.life.ended
+	}
 }
 
 // publish offers e to clients, unless the server has ended meanwhile.
@@ -279,7 +306,7 @@ func (s *Server) evict() {
 	}
 	if n >= s.opt.MaxHandshakes {
 		oldest.evicted = true
-		oldest.t.abort()
+		oldest.abort()
 		s.log.Warn("too many connections in negotiation: cut the oldest", "client", oldest.peer, "limit", s.opt.MaxHandshakes)
 	}
 }
@@ -311,16 +338,31 @@ type refusal struct {
 	text  string
 }
 
-// admit makes c a client of e, or says why not.
-func (s *Server) admit(c *conn, e *Export) *refusal {
+// full tells why there is no place for one more client; nil: there is.
+func (s *Server) full() *refusal {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.noPlace()
+}
+
+// noPlace is full. Server.mu is held.
+func (s *Server) noPlace() *refusal {
 	if s.stopping {
 		return &refusal{repErrShutdown, ErrStopped.Error()}
 	}
 	if s.opt.MaxClients > 0 && s.clients >= s.opt.MaxClients {
 		s.refused.Add(1)
 		return &refusal{repErrPolicy, fmt.Sprintf("the server has all the %d clients that it may have; try again later, or raise its limit of clients", s.opt.MaxClients)}
+	}
+	return nil
+}
+
+// admit makes c a client of e, or says why not.
+func (s *Server) admit(c *conn, e *Export) *refusal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r := s.noPlace(); r != nil {
+		return r
 	}
 	s.clients++
 	s.serving++
@@ -344,7 +386,8 @@ func (s *Server) isStopping() bool {
 
 // Shutdown ends the server: no new connections, negotiation is refused, clients'
 // requests are not read any more; those read are finished and answered, exports are
-// flushed, connections closed and roots detached. When ctx ends first, what was
+// flushed, connections closed and roots detached; an activation or inactivation that
+// has begun ends first. When ctx ends first, what was
 // not begun is answered with NBD_ESHUTDOWN and the connections are cut; what was
 // begun finishes nevertheless, and Shutdown waits for it. The error is what went
 // wrong with the exports.
@@ -361,11 +404,18 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		close(s.monitor)
 		s.monitor = nil
 	}
+	lives := slices.Clone(s.lives)
 	s.mu.Unlock()
+	for _, l := range lives {
+		l.stop()
+	}
 
 	ended := make(chan struct{})
 	go func() {
 		s.running.Wait()
+		for _, l := range lives {
+			<-l.ended
+		}
 		close(ended)
 	}()
 	select {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -69,16 +70,10 @@ func driver(name string, kinds ...fileKind) *block.Driver {
 
 // A node is an open file or device.
 type node struct {
-	self     *block.Node
-	filename string
-	kind     fileKind
-	fd       int
-	tail     int  // with direct I/O on a file: buffered, for parts of blocks; else -1
-	direct   bool // fd needs aligned requests
-	noFlush  bool
-	limits   block.Limits
-	nowait   nowaitMode
-	queue    queue // of a device
+	self  *block.Node
+	kinds []fileKind // that the driver opens
+	opts  *Options
+	files // changes only while nothing is in flight
 
 	size        atomic.Int64
 	work        workers
@@ -90,7 +85,9 @@ type node struct {
 	allocates   atomic.Bool // fallocate has been seen to work
 	seekless    atomic.Bool // SEEK_DATA is not supported
 	status      statusCache
-	locks       *locks // nil: none are taken
+
+	lockMu sync.Mutex
+	locks  *locks // nil: none are taken; guarded by lockMu
 }
 
 var (
@@ -106,7 +103,10 @@ var (
 	_ block.Measurer       = (*node)(nil)
 	_ block.Waiter         = (*node)(nil)
 	_ block.Named          = (*node)(nil)
-	_ Refresher            = (*node)(nil)
+	_ block.Refresher      = (*node)(nil)
+	_ block.PreActivator   = (*node)(nil)
+	_ block.Peeker         = (*node)(nil)
+	_ block.Reopener       = (*node)(nil)
 )
 
 func open(ctx context.Context, o *block.Opening, kinds []fileKind) (*node, error) {
@@ -118,96 +118,32 @@ func open(ctx context.Context, o *block.Opening, kinds []fileKind) (*node, error
 		return nil, fmt.Errorf("The '%s' block driver requires a file name", o.Config.Driver)
 	}
 	n := &node{
-		self:     o.Node(),
-		filename: opts.Filename,
-		fd:       -1, tail: -1,
-		noFlush: o.Config.Cache.NoFlush,
-		work:    workers{tokens: processTokens},
+		self:  o.Node(),
+		kinds: kinds,
+		opts:  opts,
+		files: noFiles(opts.Filename),
+		work:  workers{tokens: processTokens},
 	}
 	n.flush.ended.L = &n.flush.mu
 	n.syncFunc = n.sync
-	err := n.openFiles(o.Config, kinds)
-	if !o.Config.ReadOnly && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EPERM)) {
-		if err = errors.Join(o.AutoReadOnly(ctx, err), n.closeFiles()); err == nil {
-			err = n.openFiles(o.Config, kinds)
+	f, size, err := openFiles(n.filename, n.filename, o.Config, kinds)
+	if !o.Config.ReadOnly && cannotWrite(err) {
+		if err = o.AutoReadOnly(ctx, err); err == nil {
+			f, size, err = openFiles(n.filename, n.filename, o.Config, kinds)
 		}
 	}
 	if err != nil {
+		return nil, err
+	}
+	n.files = f
+	n.size.Store(size)
+	if o.Config.Inactive {
+		return n, n.closeFiles()
+	}
+	if err := n.makeLocks(o.Config); err != nil {
 		return nil, errors.Join(err, n.closeFiles())
 	}
-	if opts.Locking != LockingOff && !o.Config.NoIO && !o.Config.ForceShare {
-		n.locks, err = newLocks(n.fd, n.filename, opts.Locking, o.Node().Graph().Log())
-		if err != nil {
-			return nil, errors.Join(err, n.closeFiles())
-		}
-	}
 	return n, nil
-}
-
-func (n *node) openFiles(cfg *block.Config, kinds []fileKind) error {
-	// Looking comes first: opening some devices has effects.
-	var st unix.Stat_t
-	if err := retry(func() error { return unix.Stat(n.filename, &st) }); err != nil {
-		return fmt.Errorf("Could not open '%s': %w", n.filename, err)
-	}
-	if err := n.checkKind(&st, kinds); err != nil {
-		return err
-	}
-	flags := unix.O_CLOEXEC | unix.O_RDWR
-	if cfg.ReadOnly {
-		flags = unix.O_CLOEXEC | unix.O_RDONLY
-	}
-	var err error
-	if cfg.Cache.Direct {
-		n.fd, err = openFile(n.filename, flags|unix.O_DIRECT)
-		if err == unix.EINVAL {
-			return fmt.Errorf("Could not open '%s': the file system does not support O_DIRECT; use a cache mode other than none and directsync: %w", n.filename, err)
-		}
-	} else {
-		n.fd, err = openFile(n.filename, flags)
-	}
-	if err != nil {
-		return fmt.Errorf("Could not open '%s': %w", n.filename, err)
-	}
-	if err := retry(func() error { return unix.Fstat(n.fd, &st) }); err != nil {
-		return fmt.Errorf("Could not open '%s': %w", n.filename, err)
-	}
-	if err := n.checkKind(&st, kinds); err != nil {
-		return err
-	}
-	if n.kind == blockDevice && !cfg.ReadOnly && isReadOnly(n.fd) {
-		return fmt.Errorf("Could not open '%s' for writing: the device is read-only: %w", n.filename, unix.EROFS)
-	}
-	size, err := n.kind.sizeOf(n.fd)
-	if err != nil {
-		return fmt.Errorf("Could not get the size of '%s': %w", n.filename, err)
-	}
-	n.size.Store(size)
-	n.direct = cfg.Cache.Direct
-	if err := n.probeLimits(&st); err != nil {
-		return err
-	}
-	if n.direct && n.kind == regularFile {
-		// The same file, whatever the path leads to by now.
-		n.tail, err = openFile(fmt.Sprintf("/proc/self/fd/%d", n.fd), flags)
-		if err != nil {
-			return fmt.Errorf("Could not open '%s' a second time, for its last block: %w", n.filename, err)
-		}
-	}
-	return nil
-}
-
-func (n *node) checkKind(st *unix.Stat_t, kinds []fileKind) error {
-	n.kind = kindOf(st)
-	for _, k := range kinds {
-		if k == n.kind {
-			return nil
-		}
-	}
-	if kinds[0] == regularFile {
-		return fmt.Errorf("'file' driver requires '%s' to be a regular file", n.filename)
-	}
-	return fmt.Errorf("'host_device' driver requires '%s' to be either a character or block device", n.filename)
 }
 
 func openFile(path string, flags int) (int, error) {
@@ -227,25 +163,7 @@ func (n *node) Filename() string { return n.filename }
 
 // Close implements [block.Instance].
 func (n *node) Close(context.Context) error {
-	var err error
-	if n.locks != nil {
-		err = n.locks.close()
-	}
-	return errors.Join(err, n.closeFiles())
-}
-
-func (n *node) closeFiles() error {
-	var errs []error
-	for _, fd := range []*int{&n.tail, &n.fd} {
-		if *fd >= 0 {
-			errs = append(errs, unix.Close(*fd))
-			*fd = -1
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("close of '%s': %w", n.filename, err)
-	}
-	return nil
+	return errors.Join(n.dropLocks(), n.closeFiles())
 }
 
 // Limits implements [block.Instance].

@@ -33,6 +33,9 @@ func (n *node) ReadAt(_ context.Context, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
 	}
+	if n.fd < 0 {
+		return n.peekAt(p, off)
+	}
 	slot := n.work.begin(opRead)
 	defer n.work.end(slot)
 	want := int(n.clip(off, int64(len(p))))

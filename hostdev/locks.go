@@ -125,6 +125,7 @@ func (l *locks) close() error {
 
 const (
 	lockTries   = 8
+	lockLooks   = 3                     // for holders, after the last try
 	lockBackoff = 25 * time.Millisecond // between two tries, at most
 )
 
@@ -144,10 +145,13 @@ func (l *locks) check(want lockBits) error {
 		switch {
 		case !errors.As(err, &held):
 			return l.missing(err)
-		case try == lockTries:
-			// It takes long, so it is done once and with nothing locked.
+		case try >= lockTries:
+			// It takes long, so it is done late and with nothing locked. If nobody has
+			// it, whoever had it has just let go of it, or is being killed.
 			held.Holders = findHolders(l.fd, l.own, held.at)
-			return held
+			if len(held.Holders) > 0 || try == lockTries+lockLooks-1 {
+				return held
+			}
 		}
 		// The other one may be trying too: whoever comes back first has it.
 		time.Sleep(time.Millisecond + rand.N(lockBackoff))
@@ -211,8 +215,34 @@ func (l *locks) restore() {
 	l.locked = l.standing
 }
 
+// makeLocks gets ready to take locks, where cfg asks for them. lockMu is not held.
+func (n *node) makeLocks(cfg *block.Config) error {
+	if n.opts.Locking == LockingOff || cfg.NoIO || cfg.ForceShare {
+		return nil
+	}
+	l, err := newLocks(n.fd, n.filename, n.opts.Locking, n.self.Graph().Log())
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
+	n.locks = l
+	return err
+}
+
+// dropLocks gives all locks up.
+func (n *node) dropLocks() error {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
+	if n.locks == nil {
+		return nil
+	}
+	err := n.locks.close()
+	n.locks = nil
+	return err
+}
+
 // CheckPerm implements [block.Permitter].
 func (n *node) CheckPerm(perm, shared block.Perm) error {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if n.locks == nil {
 		return nil
 	}
@@ -221,6 +251,8 @@ func (n *node) CheckPerm(perm, shared block.Perm) error {
 
 // SetPerm implements [block.Permitter].
 func (n *node) SetPerm(perm, shared block.Perm) {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if l := n.locks; l != nil {
 		l.standing = lockBits{perm, block.PermAll &^ shared}
 		l.restore()
@@ -229,6 +261,8 @@ func (n *node) SetPerm(perm, shared block.Perm) {
 
 // AbortPerm implements [block.Permitter].
 func (n *node) AbortPerm() {
+	n.lockMu.Lock()
+	defer n.lockMu.Unlock()
 	if n.locks != nil {
 		n.locks.restore()
 	}

@@ -96,9 +96,9 @@ func powerOfTwo(v, low, high, otherwise int64) int64 {
 
 const maxTransferHint = 32 << 20
 
-// probeLimits fills in n.limits, n.nowait and n.queue. st is of n.fd.
-func (n *node) probeLimits(st *unix.Stat_t) error {
-	l := &n.limits
+// probeLimits fills in f.limits, f.nowait and f.queue. st is of f.fd.
+func (f *files) probeLimits(st *unix.Stat_t) error {
+	l := &f.limits
 	*l = block.Limits{
 		RequestAlignment:  1,
 		MemAlignment:      1,
@@ -106,11 +106,11 @@ func (n *node) probeLimits(st *unix.Stat_t) error {
 		WriteFlags:        block.FUA,
 		ZeroFlags:         block.MayUnmap | block.NoFallback,
 	}
-	switch n.kind {
+	switch f.kind {
 	case blockDevice:
-		n.queue = queueOf(st.Rdev)
-		n.probeDevice()
-		l.Rotational = n.queue.number("rotational") == 1
+		f.queue = queueOf(st.Rdev)
+		f.probeDevice()
+		l.Rotational = f.queue.number("rotational") == 1
 	case regularFile:
 		// Some file systems have a device of their own only in name; then nothing is known.
 		q := queueOf(st.Dev)
@@ -119,48 +119,48 @@ func (n *node) probeLimits(st *unix.Stat_t) error {
 		l.Rotational = q.number("rotational") == 1
 		l.DiscardAlignment = l.PreferredTransfer
 	}
-	if n.direct {
-		if err := n.probeDirect(); err != nil {
+	if f.direct {
+		if err := f.probeDirect(); err != nil {
 			return err
 		}
 	}
-	n.probeNowait()
+	f.probeNowait()
 	return nil
 }
 
-func (n *node) probeDevice() {
+func (f *files) probeDevice() {
 	get := func(req uint) int64 {
-		v, err := unix.IoctlGetUint32(n.fd, req)
+		v, err := unix.IoctlGetUint32(f.fd, req)
 		if err != nil {
 			return 0
 		}
 		return int64(v)
 	}
-	l := &n.limits
+	l := &f.limits
 	l.LogicalBlockSize = powerOfTwo(get(unix.BLKSSZGET), 512, 64<<10, 512)
 	l.PhysicalBlockSize = powerOfTwo(get(unix.BLKPBSZGET), l.LogicalBlockSize, 1<<20, l.LogicalBlockSize)
 	least := max(4096, l.PhysicalBlockSize, powerOfTwo(get(unix.BLKIOMIN), 512, maxTransferHint, 0))
 	l.PreferredTransfer = powerOfTwo(get(unix.BLKIOOPT), least, maxTransferHint, least)
-	l.DiscardAlignment = powerOfTwo(n.queue.number("discard_granularity"), l.LogicalBlockSize, 1<<30, l.LogicalBlockSize)
+	l.DiscardAlignment = powerOfTwo(f.queue.number("discard_granularity"), l.LogicalBlockSize, 1<<30, l.LogicalBlockSize)
 }
 
 // probeDirect finds the alignment that direct I/O needs: what the kernel says, or
 // else the least that a read succeeds with.
-func (n *node) probeDirect() error {
-	l := &n.limits
-	offset, mem, ok := directAlignment(n.fd)
+func (f *files) probeDirect() error {
+	l := &f.limits
+	offset, mem, ok := directAlignment(f.fd)
 	if !ok {
-		if offset, ok = tryDirect(n.fd); !ok {
-			return fmt.Errorf("'%s' cannot be read with direct I/O; use a cache mode other than none and directsync: %w", n.filename, unix.EINVAL)
+		if offset, ok = tryDirect(f.fd); !ok {
+			return fmt.Errorf("'%s' cannot be read with direct I/O; use a cache mode other than none and directsync: %w", f.filename, unix.EINVAL)
 		}
 		mem = offset
 	}
-	if n.kind == blockDevice {
+	if f.kind == blockDevice {
 		offset = max(offset, l.LogicalBlockSize)
 	}
 	if offset > 64<<10 || offset&(offset-1) != 0 || mem > block.PageSize || mem&(mem-1) != 0 {
 		return fmt.Errorf("'%s' needs an alignment of %d bytes, and %d in memory, for direct I/O; at most 65536 and %d are supported",
-			n.filename, offset, mem, block.PageSize)
+			f.filename, offset, mem, block.PageSize)
 	}
 	l.RequestAlignment, l.MemAlignment = offset, mem
 	l.DiscardAlignment = max(l.DiscardAlignment, offset)
@@ -195,20 +195,20 @@ func tryDirect(fd int) (int64, bool) {
 }
 
 // probeNowait finds out how data is read without waiting.
-func (n *node) probeNowait() {
-	n.nowait = nowaitNever
-	if n.direct || n.kind == charDevice {
+func (f *files) probeNowait() {
+	f.nowait = nowaitNever
+	if f.direct || f.kind == charDevice {
 		return
 	}
 	var b [1]byte
-	switch _, errno := readv2(n.fd, b[:], 0, unix.RWF_NOWAIT); errno {
+	switch _, errno := readv2(f.fd, b[:], 0, unix.RWF_NOWAIT); errno {
 	case 0, unix.EAGAIN:
-		n.nowait = nowaitFlag
+		f.nowait = nowaitFlag
 	case unix.EOPNOTSUPP:
 		var fs unix.Statfs_t
-		err := retry(func() error { return unix.Fstatfs(n.fd, &fs) })
-		if err == nil && n.kind == regularFile && (fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC) {
-			n.nowait = nowaitPlain
+		err := retry(func() error { return unix.Fstatfs(f.fd, &fs) })
+		if err == nil && f.kind == regularFile && (fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC) {
+			f.nowait = nowaitPlain
 		}
 	}
 }

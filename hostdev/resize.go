@@ -30,22 +30,15 @@ func (n *node) Truncate(_ context.Context, size int64) error {
 	return nil
 }
 
-// A Refresher can look whether its file or device has changed its size.
-type Refresher interface {
-	// Refresh reads the size again and returns it, in bytes. It must not run in
-	// parallel with writes past the end.
-	Refresh(ctx context.Context) (int64, error)
-}
-
-// Refresh implements [Refresher].
-func (n *node) Refresh(context.Context) (int64, error) {
+// Refresh implements [block.Refresher].
+func (n *node) Refresh(context.Context) error {
 	slot := n.work.begin(opSeek)
 	defer n.work.end(slot)
 	size, err := n.kind.sizeOf(n.fd)
 	if err != nil {
-		return 0, fmt.Errorf("size of '%s': %w", n.filename, err)
+		return fmt.Errorf("size of '%s': %w", n.filename, err)
 	}
 	n.size.Store(size)
 	n.status.invalidate()
-	return size, nil
+	return nil
 }

@@ -14,6 +14,12 @@ type lacks struct {
 	punch, zeroRange, allocate, zeroOut, discard, fiemap atomic.Bool
 }
 
+func (l *lacks) forget() {
+	for _, lacking := range []*atomic.Bool{&l.punch, &l.zeroRange, &l.allocate, &l.zeroOut, &l.discard, &l.fiemap} {
+		lacking.Store(false)
+	}
+}
+
 // zeroPiece bounds one step of punching and allocating, in bytes: tmpfs does these
 // in memory, and starts again when a signal comes.
 const zeroPiece = 16 << 20

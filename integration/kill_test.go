@@ -52,6 +52,7 @@ type ledger struct {
 
 	acked, until atomic.Int64  // writes so far, and how many are enough
 	due, enough  chan struct{} // hold a value when a flush is due, when there are enough
+	stop         atomic.Bool   // the writers end in order
 }
 
 // flushInterval is how many writes are acknowledged between two flushes: enough that a
@@ -176,7 +177,7 @@ func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand, fua bool) error
 		fua    bool
 	}
 	buf := make([]byte, 128*kib)
-	for {
+	for !l.stop.Load() {
 		var batch []sent
 		// Writes in flight at the same time must not overlap: each has a slice of its own.
 		const depth = 8
@@ -220,6 +221,7 @@ func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand, fua bool) error
 			l.answer(s.off, s.n, s.st, s.fua)
 		}
 	}
+	return nil
 }
 
 // load writes by several connections and flushes by one more until the server is
@@ -227,12 +229,19 @@ func (l *ledger) write(c *nbdConn, from, to int64, r *rand.Rand, fua bool) error
 // calls end.
 func (l *ledger) load(t testing.TB, s *server, seed uint64, enough int64, end func()) {
 	t.Helper()
-	const writers = 3
-	l.until.Store(l.acked.Load() + enough)
-	conns := make([]*nbdConn, writers+1)
+	conns := make([]*nbdConn, 4)
 	for i := range conns {
 		conns[i] = connect(t, s)
 	}
+	l.loadOver(t, s, conns, seed, enough, end)
+}
+
+// loadOver is load over connections that are there; they are closed in the end.
+func (l *ledger) loadOver(t testing.TB, s *server, conns []*nbdConn, seed uint64, enough int64, end func()) {
+	t.Helper()
+	writers := len(conns) - 1
+	l.stop.Store(false)
+	l.until.Store(l.acked.Load() + enough)
 	// An answer of the server is a failure; the end of the connection is what is waited for.
 	demand := func(err error) {
 		var answer requestError
@@ -241,7 +250,7 @@ func (l *ledger) load(t testing.TB, s *server, seed uint64, enough int64, end fu
 		}
 	}
 	var writing sync.WaitGroup
-	share := int64(len(l.sectors)) / writers
+	share := int64(len(l.sectors) / writers)
 	for i := range int64(writers) {
 		writing.Go(func() {
 			// Only every other time, as FUA writes may make flushes work that do not.

@@ -296,6 +296,12 @@ func oneLine(t testing.TB, r result, args []string, texts ...string) {
 // await waits until a program has said text, and returns all that it has said.
 func (o *output) await(t testing.TB, text string) string {
 	t.Helper()
+	return o.awaitTimes(t, text, 1)
+}
+
+// awaitTimes is await for a text that is said n times.
+func (o *output) awaitTimes(t testing.TB, text string, n int) string {
+	t.Helper()
 	late := false
 	timer := time.AfterFunc(patience, func() {
 		o.mu.Lock()
@@ -306,9 +312,9 @@ func (o *output) await(t testing.TB, text string) string {
 	defer timer.Stop()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for !bytes.Contains(o.text.Bytes(), []byte(text)) {
+	for bytes.Count(o.text.Bytes(), []byte(text)) < n {
 		if o.done || late {
-			t.Fatalf("the program does not say '%s' (ended: %v): %s", text, o.done, &o.text)
+			t.Fatalf("the program does not say '%s' %d times (ended: %v): %s", text, n, o.done, &o.text)
 		}
 		o.seen.Wait()
 	}

@@ -16,6 +16,7 @@ type Export interface {
 	Name() string
 	Stats() iostat.Snapshot
 	Drained() bool
+	Activity() iostat.Activity
 }
 
 // A Source tells what there is to measure at the moment of a scrape.
@@ -39,6 +40,12 @@ var (
 		"Time from the arrival of a request to its answer.", []string{"export", "op"}, nil)
 	drained = prometheus.NewDesc("nbdserve_export_drained",
 		"1 while the export admits no requests because its graph changes.", []string{"export"}, nil)
+	isActive = prometheus.NewDesc("nbdserve_export_active",
+		"1 while the image is locked for clients of the export, 0 while others may use it.", []string{"export"}, nil)
+	activations = prometheus.NewDesc("nbdserve_export_activations_total",
+		"Times that the image was locked and opened for a client, by result (ok, error).", []string{"export", "result"}, nil)
+	inactivations = prometheus.NewDesc("nbdserve_export_inactivations_total",
+		"Times that the image was stored and unlocked without a client, by result (ok, error: it stays locked).", []string{"export", "result"}, nil)
 )
 
 // exportCollector publishes the figures of exports. They are counted by
@@ -49,7 +56,7 @@ type exportCollector struct {
 }
 
 func (c *exportCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connections, inFlight, oldest, requests, requestBytes, duration, drained} {
+	for _, d := range []*prometheus.Desc{connections, inFlight, oldest, requests, requestBytes, duration, drained, isActive, activations, inactivations} {
 		ch <- d
 	}
 }
@@ -68,11 +75,13 @@ func (c *exportCollector) export(ch chan<- prometheus.Metric, e Export) {
 	s := e.Stats()
 	put(connections, gauge, float64(s.Connections))
 	put(oldest, gauge, s.Oldest(c.now()).Seconds())
-	isDrained := 0.0
-	if e.Drained() {
-		isDrained = 1
-	}
-	put(drained, gauge, isDrained)
+	put(drained, gauge, oneIf(e.Drained()))
+	a := e.Activity()
+	put(isActive, gauge, oneIf(a.Active))
+	put(activations, counter, float64(a.Activations), "ok")
+	put(activations, counter, float64(a.ActivationsFailed), "error")
+	put(inactivations, counter, float64(a.Inactivations), "ok")
+	put(inactivations, counter, float64(a.InactivationsFailed), "error")
 	for op := range iostat.NumOps {
 		f := &s.Ops[op]
 		put(inFlight, gauge, float64(f.InFlight), op.String())
@@ -81,6 +90,13 @@ func (c *exportCollector) export(ch chan<- prometheus.Metric, e Export) {
 		put(requestBytes, counter, float64(f.Bytes), op.String())
 		ch <- histogram(f, e.Name(), op.String())
 	}
+}
+
+func oneIf(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // histogram turns the buckets of an op, which count each request once, into

@@ -18,14 +18,16 @@ import (
 )
 
 type export struct {
-	name    string
-	stats   iostat.Export
-	drained bool
+	name     string
+	stats    iostat.Export
+	drained  bool
+	activity iostat.Activity
 }
 
-func (e *export) Name() string           { return e.name }
-func (e *export) Stats() iostat.Snapshot { return e.stats.Snapshot() }
-func (e *export) Drained() bool          { return e.drained }
+func (e *export) Name() string              { return e.name }
+func (e *export) Stats() iostat.Snapshot    { return e.stats.Snapshot() }
+func (e *export) Drained() bool             { return e.drained }
+func (e *export) Activity() iostat.Activity { return e.activity }
 
 type source struct {
 	exports []Export
@@ -112,6 +114,24 @@ nbdserve_oldest_request_seconds{export="a"} 2
 		`nbdserve_request_duration_seconds_bucket{export="a",op="write",le="4.194304"} 0`,
 		`nbdserve_request_duration_seconds_bucket{export="a",op="write",le="+Inf"} 1`,
 		`nbdserve_request_duration_seconds_sum{export="a",op="write"} 3600`,
+	} {
+		if !strings.Contains(text, line+"\n") {
+			t.Errorf("the scrape lacks %s", line)
+		}
+	}
+}
+
+func TestFiguresOfActivation(t *testing.T) {
+	a := iostat.Activity{Active: true, Activations: 5, ActivationsFailed: 2, Inactivations: 4, InactivationsFailed: 3}
+	s := &source{exports: []Export{&export{name: "a", activity: a}, &export{name: "b"}}}
+	text := scrape(t, NewHandler(NewRegistry(Build{}, s), s, func() bool { return true }), "/metrics", http.StatusOK)
+	for _, line := range []string{
+		`nbdserve_export_active{export="a"} 1`,
+		`nbdserve_export_active{export="b"} 0`,
+		`nbdserve_export_activations_total{export="a",result="ok"} 5`,
+		`nbdserve_export_activations_total{export="a",result="error"} 2`,
+		`nbdserve_export_inactivations_total{export="a",result="ok"} 4`,
+		`nbdserve_export_inactivations_total{export="a",result="error"} 3`,
 	} {
 		if !strings.Contains(text, line+"\n") {
 			t.Errorf("the scrape lacks %s", line)

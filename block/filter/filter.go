@@ -11,18 +11,20 @@ import (
 type Pass struct {
 	// Child is the node filtered. It is set once.
 	Child *block.Edge
+	// Align is the request alignment of the filter where that is larger than the child's.
+	Align int64
 }
 
 // Open opens the child called name that the new node filters.
 func Open(ctx context.Context, o *block.Opening, name string) (Pass, error) {
 	e, err := o.OpenChild(ctx, name, block.RoleFiltered|block.RolePrimary, nil)
-	return Pass{e}, err
+	return Pass{Child: e}, err
 }
 
 // Inside tells how much of n bytes at off is not padding of the last block, which the
 // child does not have.
 func (p Pass) Inside(off, n int64) int64 {
-	size, a := p.Child.Size(), p.Child.Limits().RequestAlignment
+	size, a := p.Child.Size(), p.Limits().RequestAlignment
 	if off+n > size && off+n <= (size+a-1)&^(a-1) {
 		return max(0, size-off)
 	}
@@ -89,7 +91,11 @@ func (p Pass) Flush(ctx context.Context) error { return p.Child.Flush(ctx) }
 func (p Pass) Size() int64 { return p.Child.Size() }
 
 // Limits implements [block.Instance].
-func (p Pass) Limits() block.Limits { return p.Child.Limits() }
+func (p Pass) Limits() block.Limits {
+	l := p.Child.Limits()
+	l.RequestAlignment = max(l.RequestAlignment, p.Align)
+	return l
+}
 
 // PrepareReopen implements [block.Reopener] for filters whose own options do not change.
 func (p Pass) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {

@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/export"
 )
 
 // A choice is one value of an option that has few.
@@ -50,6 +51,11 @@ var cacheModes = []choice[caching]{
 	{"writethrough", caching{writeThrough: true}},
 	{"directsync", caching{CacheMode: block.CacheMode{Direct: true}, writeThrough: true}},
 	{"unsafe", caching{CacheMode: block.CacheMode{NoFlush: true}}},
+}
+
+var activations = []choice[export.Activation]{
+	{export.ActivationAlways.String(), export.ActivationAlways},
+	{export.ActivationOnConnect.String(), export.ActivationOnConnect},
 }
 
 var discardModes = []choice[bool]{{"unmap", true}, {"ignore", false}}

@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/nbdserve/nbdserve/block"
+	"github.com/nbdserve/nbdserve/export"
 )
 
 // serveOptions are the options of serve, checked.
@@ -18,6 +20,8 @@ type serveOptions struct {
 	source         source
 	printGraph     func(*block.View, io.Writer) error // nil: serve
 	listen         []address                          // empty: sockets from systemd, else the default
+	activation     export.Activation
+	linger         time.Duration
 	maxClients     int
 	once           bool
 	run            string // a shell command, "" for none
@@ -67,6 +71,8 @@ func serveCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "listen", Category: sockets, Usage: "listen on `ADDRESS`: unix:PATH, or tcp:HOST:PORT (port 10809 if left out, 0 for any free one); may be repeated; default: a socket named after the image in $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/nbdserve, /run/nbdserve (root) or $TMPDIR/nbdserve-UID; for --run a private one"},
 			&cli.BoolFlag{Name: "print-uri", Category: sockets, Usage: "print the URI of each socket on standard output, one a line, when ready"},
 
+			&cli.StringFlag{Name: "activation", Value: activations[0].name, Category: life, Usage: "lock the image, and keep what is cached of it, `WHEN`: always, on-connect (while there is a client; other servers with the same image may serve it in between)"},
+			&cli.StringFlag{Name: "activation-linger", Value: "0s", Category: life, Usage: "with on-connect, keep the image for this `DURATION` after the last client has left, such as 30s or 5m"},
 			&cli.BoolFlag{Name: "once", Category: life, Usage: "end when the last client has left"},
 			&cli.StringFlag{Name: "run", Category: life, Usage: "when ready run shell `COMMAND` with $uri, $unixsocket, $port and $exportname set, end with it and with its exit status"},
 			&cli.BoolFlag{Name: "exit-with-parent", Category: life, Usage: "end when the parent process ends"},
@@ -91,7 +97,7 @@ func parseServe(c *cli.Context) (*serveOptions, error) {
 		once: c.Bool("once"), run: c.String("run"), exitWithParent: c.Bool("exit-with-parent"),
 		printURI: c.Bool("print-uri"), metricsAddress: c.String("metrics"),
 	}
-	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseSource, o.parseListen} {
+	for _, parse := range []func(*cli.Context) error{o.parseLog, o.parseSource, o.parseActivation, o.parseListen} {
 		if err := parse(c); err != nil {
 			return nil, err
 		}
@@ -131,6 +137,20 @@ func (o *serveOptions) parseSource(c *cli.Context) (err error) {
 		o.printGraph, err = choose(c, "print-graph", graphFormats)
 	}
 	return err
+}
+
+func (o *serveOptions) parseActivation(c *cli.Context) (err error) {
+	if o.activation, err = choose(c, "activation", activations); err != nil {
+		return err
+	}
+	given := c.String("activation-linger")
+	if o.linger, err = time.ParseDuration(given); err != nil || o.linger < 0 {
+		return fmt.Errorf("--activation-linger '%s' is not a duration such as 30s, 5m or 1h30m", given)
+	}
+	if c.IsSet("activation-linger") && o.activation != export.ActivationOnConnect {
+		return errors.New("--activation-linger needs --activation on-connect")
+	}
+	return nil
 }
 
 func (o *serveOptions) parseListen(c *cli.Context) error {

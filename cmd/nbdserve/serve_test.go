@@ -634,6 +634,75 @@ func TestMetricsOfARunningServer(t *testing.T) {
 	p.end()
 }
 
+// TestActivationOnConnect: two servers with one disk start, are ready, and whoever
+// has the client has the disk.
+func TestActivationOnConnect(t *testing.T) {
+	disk := makeDisk(t)
+	serve := func(socket string) *process {
+		p := start(t, command("serve", disk, "--format=raw", "--activation=on-connect", "--activation-linger=0s", "--print-uri", "--metrics=localhost:0", "--listen=unix:"+socket))
+		p.line()
+		return p
+	}
+	sockets := []string{disk + ".a", disk + ".b"}
+	a, b := serve(sockets[0]), serve(sockets[1])
+	m := regexp.MustCompile(`url=(http://\S+)/metrics`).FindStringSubmatch(a.logged("serving metrics"))
+	if m == nil {
+		t.Fatal("the log does not tell the URL")
+	}
+	get := func(path string) string {
+		t.Helper()
+		r, err := http.Get(m[1] + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		text, err := io.ReadAll(r.Body)
+		if err != nil || r.StatusCode != http.StatusOK {
+			t.Errorf("GET %s: %d %s %v", path, r.StatusCode, text, err)
+		}
+		return string(text)
+	}
+	figures := func(lines ...string) {
+		t.Helper()
+		text := get("/metrics")
+		for _, line := range lines {
+			if !strings.Contains(text, line+"\n") {
+				t.Errorf("the scrape lacks %s", line)
+			}
+		}
+	}
+	get("/readyz")
+	figures(`nbdserve_export_active{export=""} 0`, `nbdserve_export_activations_total{export="",result="ok"} 0`)
+	c := connect(t, "unix", sockets[0])
+	a.logged("activated")
+	get("/readyz")
+	figures(`nbdserve_export_active{export=""} 1`, `nbdserve_export_activations_total{export="",result="ok"} 1`)
+
+	refused, err := net.Dial("unix", sockets[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer refused.Close()
+	hello := binary.BigEndian.AppendUint32(nil, 3)
+	hello = append(hello, "IHAVEOPT\x00\x00\x00\x01\x00\x00\x00\x00"...) // NBD_OPT_EXPORT_NAME ""
+	if _, err := refused.Write(hello); err != nil {
+		t.Fatal(err)
+	}
+	if rest, err := io.ReadAll(refused); err != nil || len(rest) != 18 {
+		t.Errorf("behind the greeting come %q, %v", rest[min(18, len(rest)):], err)
+	}
+	if l := b.logged("client refused"); !strings.Contains(l, fmt.Sprintf("process %d", a.cmd.Process.Pid)) {
+		t.Errorf("the log does not name the holder: %s", l)
+	}
+	c.Close()
+	a.logged("inactivated")
+	figures(`nbdserve_export_active{export=""} 0`, `nbdserve_export_inactivations_total{export="",result="ok"} 1`)
+	connect(t, "unix", sockets[1]).Close()
+	b.logged("inactivated")
+	a.end()
+	b.end()
+}
+
 func TestLogsAreJsonOnRequest(t *testing.T) {
 	p, _ := serveDisk(t, "--log-format=json")
 	if l := p.logged("serving"); !strings.HasPrefix(l, `{"time":`) || !strings.Contains(l, `"size":1048576`) {

@@ -121,7 +121,7 @@ func (s *session) start(stdout io.Writer) (err error) {
 // open opens the nodes, and adds the exports.
 func (s *session) open(ctx context.Context) error {
 	s.graph = newGraph(s.log)
-	if err := s.source.open(ctx, s.graph, func(n *block.Node) { s.nodes = append(s.nodes, n) }); err != nil {
+	if err := s.source.open(s.graph, func(cfg *block.Config) (*block.Node, error) { return s.openNode(ctx, cfg) }); err != nil {
 		return err
 	}
 	s.server = export.NewServer(export.Options{Log: s.log, MaxClients: s.maxClients, OnClientsGone: s.onClientsGone})
@@ -130,11 +130,27 @@ func (s *session) open(ctx context.Context) error {
 		return err
 	}
 	for _, e := range exports {
+		e.Activation, e.Linger = s.activation, s.linger
 		if _, err := s.server.AddExport(ctx, e); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// openNode opens a node that we hold until the end.
+func (s *session) openNode(ctx context.Context, cfg *block.Config) (*block.Node, error) {
+	if s.activation == export.ActivationOnConnect {
+		if cfg.Snapshot {
+			return nil, errors.New("a temporary snapshot and --activation on-connect exclude each other: the image below would change in between")
+		}
+		cfg.Inactive = true
+	}
+	n, err := s.graph.Open(ctx, cfg)
+	if err == nil {
+		s.nodes = append(s.nodes, n)
+	}
+	return n, err
 }
 
 // bind makes the sockets, unless systemd did.

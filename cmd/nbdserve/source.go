@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -211,8 +210,8 @@ func parseThrottle(text string) (*block.Options, error) {
 	return o, nil
 }
 
-// open opens the nodes, passing each to hold, which keeps the reference.
-func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+// open opens the nodes with openNode, which keeps the references.
+func (s *source) open(g *block.Graph, openNode func(*block.Config) (*block.Node, error)) error {
 	if s.allow != nil || s.allowReadOnly != nil {
 		if err := g.AllowDrivers(s.allow, s.allowReadOnly); err != nil {
 			return err
@@ -224,7 +223,7 @@ func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node
 			err = errors.New("'node-name' must be specified for the root node")
 		}
 		if err == nil {
-			err = openHeld(ctx, g, cfg, hold)
+			_, err = openNode(cfg)
 		}
 		if err != nil {
 			name := struct {
@@ -237,23 +236,15 @@ func (s *source) open(ctx context.Context, g *block.Graph, hold func(*block.Node
 		}
 	}
 	if s.image != nil {
-		return s.image.open(ctx, g, hold)
+		return s.image.open(g, openNode)
 	}
 	return nil
-}
-
-func openHeld(ctx context.Context, g *block.Graph, cfg *block.Config, hold func(*block.Node)) error {
-	n, err := g.Open(ctx, cfg)
-	if err == nil {
-		hold(n)
-	}
-	return err
 }
 
 // open opens IMAGE: its file, its format, and above that a raw node where only a part
 // is served, and filters. The nodes have names that metrics and logs can be searched
 // for: disk; file; whole, of which disk is a part; throttle and copy-on-read.
-func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*block.Node)) error {
+func (i *imageOptions) open(g *block.Graph, openNode func(*block.Config) (*block.Node, error)) error {
 	cfg, err := g.Configure(i.name, i.options)
 	if err != nil {
 		return err
@@ -277,11 +268,10 @@ func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*bloc
 	if cfg.NodeName == "" {
 		cfg.NodeName = "disk"
 	}
-	below, err := g.Open(ctx, cfg)
+	below, err := openNode(cfg)
 	if err != nil {
 		return err
 	}
-	hold(below)
 	for _, f := range i.filters {
 		err := f.options.Set("driver", f.driver)
 		if err == nil {
@@ -292,10 +282,9 @@ func (i *imageOptions) open(ctx context.Context, g *block.Graph, hold func(*bloc
 		}
 		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = f.driver, below.ReadOnly(), true
 		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
-		if below, err = g.Open(ctx, cfg); err != nil {
+		if below, err = openNode(cfg); err != nil {
 			return fmt.Errorf("--%s: %w", f.driver, err)
 		}
-		hold(below)
 	}
 	i.export.NodeName = below.Name()
 	return nil

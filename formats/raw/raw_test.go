@@ -292,12 +292,12 @@ func TestSizeFollowsTheFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
 	writeFile(t, path, make([]byte, 10_000))
 	r := opened(t, config(raw.Options{Offset: 1000}, fileConfig(path)))
-	file := r.Node().Child("file").Node().Instance().(hostdev.Refresher)
+	file := r.Node().Child("file").Node().Instance().(block.Refresher)
 	for _, size := range []int64{20_000, 500, 1001} {
 		if err := os.Truncate(path, size); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := file.Refresh(ctx); err != nil {
+		if err := file.Refresh(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if got, want := r.Size(), max(0, size-1000); got != want {

@@ -65,6 +65,7 @@ var _ interface {
 	block.StatusReporter
 	block.Locator
 	block.HostFile
+	block.Reopener
 } = (*disk)(nil)
 
 // wait takes the time that a request takes.
@@ -145,6 +146,11 @@ func (d *disk) Limits() block.Limits {
 		RequestAlignment: 1, MemAlignment: 1,
 		WriteFlags: block.FUA, ZeroFlags: block.FUA | block.MayUnmap | block.NoFallback,
 	}
+}
+
+// PrepareReopen implements [block.Reopener]: no option of its own can change.
+func (d *disk) PrepareReopen(context.Context, *block.Reopening) (block.Switch, error) {
+	return block.NoSwitch{}, nil
 }
 
 // Close implements [block.Instance].

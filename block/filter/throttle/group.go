@@ -31,10 +31,25 @@ type group struct {
 	limits   Limits
 	iopsSize float64
 	buckets  [numBuckets]bucket
-	leaked   time.Duration          // the buckets have leaked until then, since epoch
-	queue    [numDirections][]*node // members with waiting requests; the first has the turn
-	turn     direction              // goes first when both could
-	timer    *time.Timer            // runs dispatch; nil before it is needed
+	leaked   time.Duration            // the buckets have leaked until then, since epoch
+	queue    [numDirections][]*member // members with waiting requests; the first has the turn
+	turn     direction                // goes first when both could
+	timer    *time.Timer              // runs dispatch; nil before it is needed
+}
+
+// A member is a node in a group. What it has is guarded by group.mu.
+type member struct {
+	group   *group
+	node    *node
+	waiting [numDirections][]*waiter // oldest first
+	unbound bool                     // nothing has to wait
+}
+
+// A waiter is a request that waits.
+type waiter struct {
+	bytes int64
+	since time.Duration // on the group's clock
+	let   chan struct{} // closed when it may go
 }
 
 func newGroup(name string, l Limits) *group {
@@ -108,37 +123,37 @@ func (g *group) charge(d direction, bytes int64, n float64) {
 	}
 }
 
-// tryEnter lets a request of n pass, or tells that it has to wait.
-func (g *group) tryEnter(n *node, d direction, bytes int64) bool {
+// tryEnter lets a request of m pass, or tells that it has to wait.
+func (g *group) tryEnter(m *member, d direction, bytes int64) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.pass(n, d, bytes)
+	return g.pass(m, d, bytes)
 }
 
-// enter lets a request of n pass, or returns what it has to wait for.
-func (g *group) enter(n *node, d direction, bytes int64) *waiter {
+// enter lets a request of m pass, or returns what it has to wait for.
+func (g *group) enter(m *member, d direction, bytes int64) *waiter {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.pass(n, d, bytes) {
+	if g.pass(m, d, bytes) {
 		return nil
 	}
 	w := &waiter{bytes: bytes, since: g.leaked, let: make(chan struct{})}
-	if len(n.waiting[d]) == 0 {
-		g.queue[d] = append(g.queue[d], n)
+	if len(m.waiting[d]) == 0 {
+		g.queue[d] = append(g.queue[d], m)
 	}
-	n.waiting[d] = append(n.waiting[d], w)
+	m.waiting[d] = append(m.waiting[d], w)
 	g.arm()
 	return w
 }
 
-// pass lets a request of n pass unless it has to wait.
-func (g *group) pass(n *node, d direction, bytes int64) bool {
+// pass lets a request of m pass unless it has to wait.
+func (g *group) pass(m *member, d direction, bytes int64) bool {
 	if len(g.queue[reading])+len(g.queue[writing]) > 0 {
 		g.dispatch() // who waits comes first
 	} else {
 		g.leak()
 	}
-	if !n.unbound && g.wait(d) > 0 {
+	if !m.unbound && g.wait(d) > 0 {
 		return false
 	}
 	g.charge(d, bytes, 1)
@@ -165,22 +180,22 @@ func (g *group) dispatch() {
 			continue
 		}
 		idle = 0
-		n := g.queue[d][0]
+		m := g.queue[d][0]
 		g.queue[d] = g.queue[d][1:]
-		g.letGo(n, d)
-		if len(n.waiting[d]) > 0 {
-			g.queue[d] = append(g.queue[d], n)
+		g.letGo(m, d)
+		if len(m.waiting[d]) > 0 {
+			g.queue[d] = append(g.queue[d], m)
 		}
 	}
 	g.arm()
 }
 
-// letGo lets the first waiting request of n go.
-func (g *group) letGo(n *node, d direction) {
-	w := n.waiting[d][0]
-	n.waiting[d] = n.waiting[d][1:]
+// letGo lets the first waiting request of m go.
+func (g *group) letGo(m *member, d direction) {
+	w := m.waiting[d][0]
+	m.waiting[d] = m.waiting[d][1:]
 	g.charge(d, w.bytes, 1)
-	n.waited.Add(int64(g.leaked - w.since))
+	m.node.waited.Add(int64(g.leaked - w.since))
 	close(w.let)
 }
 
@@ -213,24 +228,24 @@ func (g *group) ring() {
 	g.dispatch()
 }
 
-// unbind lets all that n has waiting go, and what comes until bind.
-func (g *group) unbind(n *node) {
+// unbind lets all that m has waiting go, and what comes until bind.
+func (g *group) unbind(m *member) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	n.unbound = true
+	m.unbound = true
 	g.leak()
 	for d := range numDirections {
-		for len(n.waiting[d]) > 0 {
-			g.letGo(n, d)
+		for len(m.waiting[d]) > 0 {
+			g.letGo(m, d)
 		}
-		g.queue[d] = slices.DeleteFunc(g.queue[d], func(o *node) bool { return o == n })
+		g.queue[d] = slices.DeleteFunc(g.queue[d], func(o *member) bool { return o == m })
 	}
 	g.arm()
 }
 
-// bind subjects n to the limits again.
-func (g *group) bind(n *node) {
+// bind subjects m to the limits again.
+func (g *group) bind(m *member) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	n.unbound = false
+	m.unbound = false
 }

@@ -15,6 +15,8 @@ package throttle
 import (
 	"context"
 	"fmt"
+	"reflect"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -34,11 +36,23 @@ func Driver(gs *Groups) *block.Driver {
 	return &block.Driver{
 		Name:       "throttle",
 		Kind:       block.Filter,
+		Mutable:    mutable(),
 		NewOptions: func() any { return &Options{Limits: None()} },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			return open(ctx, o, gs)
 		},
 	}
+}
+
+// mutable names all options.
+func mutable() []string {
+	names := []string{"throttle-group"}
+	t := reflect.TypeFor[Limits]()
+	for i := range t.NumField() {
+		name, _, _ := strings.Cut(t.Field(i).Tag.Get("option"), ",")
+		names = append(names, name)
+	}
+	return names
 }
 
 func open(ctx context.Context, o *block.Opening, gs *Groups) (block.Instance, error) {
@@ -55,31 +69,20 @@ func open(ctx context.Context, o *block.Opening, gs *Groups) (block.Instance, er
 		return nil, err
 	}
 	n := &node{Pass: p, groups: gs}
-	n.group.Store(g)
+	n.member.Store(&member{group: g, node: n})
 	return n, nil
 }
 
-// A node is a throttle node: a member of a group.
+// A node is a throttle node.
 type node struct {
 	filter.Pass
 	groups *Groups
-	group  atomic.Pointer[group] // changes only while drained
-
-	// Guarded by group.mu.
-	waiting [numDirections][]*waiter // oldest first
-	unbound bool                     // nothing has to wait
+	member atomic.Pointer[member] // changes only while drained
 
 	waits  atomic.Int64 // requests that had to wait, ever
 	waited atomic.Int64 // for how long in all, ns
 
 	files atomic.Pointer[[]*metered] // for Locate
-}
-
-// A waiter is a request that waits.
-type waiter struct {
-	bytes int64
-	since time.Duration // on the group's clock
-	let   chan struct{} // closed when it may go
 }
 
 var _ interface {
@@ -91,17 +94,18 @@ var _ interface {
 	block.Prefetcher
 	block.Truncater
 	block.Quiescer
+	block.Reopener
 	block.Measurer
 	block.Waiter
 } = (*node)(nil)
 
 // throttle returns when a request of so many bytes may pass.
 func (n *node) throttle(ctx context.Context, d direction, bytes int64) {
-	g := n.group.Load()
-	if !g.limited[d].Load() {
+	m := n.member.Load()
+	if !m.group.limited[d].Load() {
 		return
 	}
-	if w := g.enter(n, d, bytes); w != nil {
+	if w := m.group.enter(m, d, bytes); w != nil {
 		n.waits.Add(1)
 		block.Yield(ctx, func() { <-w.let })
 	}
@@ -141,11 +145,11 @@ func (n *node) Prefetch(ctx context.Context, off, length int64) error {
 // would have to wait, or the answer would count as several requests, it does not know.
 func (n *node) Locate(shard block.Shard, off, length int64) block.Location {
 	l := n.Pass.Locate(shard, off, length)
-	g := n.group.Load()
-	if l.Kind == block.LocateAsk || !g.limited[reading].Load() {
+	m := n.member.Load()
+	if l.Kind == block.LocateAsk || !m.group.limited[reading].Load() {
 		return l
 	}
-	if l.Length < length || !g.tryEnter(n, reading, length) {
+	if l.Length < length || !m.group.tryEnter(m, reading, length) {
 		return block.Location{Kind: block.LocateAsk, Length: length}
 	}
 	if l.Kind == block.LocateData {
@@ -165,7 +169,7 @@ type metered struct {
 func (m *metered) ReadNowait(p []byte, off int64) int {
 	k := m.HostFile.ReadNowait(p, off)
 	if k < len(p) {
-		m.node.group.Load().refund(reading, int64(len(p)))
+		m.node.member.Load().group.refund(reading, int64(len(p)))
 	}
 	return k
 }
@@ -194,14 +198,50 @@ func (n *node) metered(f block.HostFile) block.HostFile {
 }
 
 // DrainBegin implements [block.Quiescer]: what waits is let go.
-func (n *node) DrainBegin() { n.group.Load().unbind(n) }
+func (n *node) DrainBegin() {
+	m := n.member.Load()
+	m.group.unbind(m)
+}
 
 // DrainEnd implements [block.Quiescer].
-func (n *node) DrainEnd() { n.group.Load().bind(n) }
+func (n *node) DrainEnd() {
+	m := n.member.Load()
+	m.group.bind(m)
+}
+
+// PrepareReopen implements [block.Reopener]: the node gets limits of its own, or another group.
+func (n *node) PrepareReopen(_ context.Context, r *block.Reopening) (block.Switch, error) {
+	g, err := n.groups.join(r.Config.Options.(*Options))
+	if err != nil {
+		return nil, err
+	}
+	return &move{n, n.member.Load(), &member{group: g, node: n, unbound: true}}, nil
+}
+
+// A move is from one group to another. The node is drained meanwhile.
+type move struct {
+	node     *node
+	from, to *member
+}
+
+// Apply implements [block.Switch].
+func (m *move) Apply(context.Context) error {
+	m.node.member.Store(m.to)
+	return nil
+}
+
+// Commit implements [block.Switch].
+func (m *move) Commit() { m.node.groups.leave(m.from.group) }
+
+// Abort implements [block.Switch].
+func (m *move) Abort() {
+	m.node.member.Store(m.from)
+	m.node.groups.leave(m.to.group)
+}
 
 // Close implements [block.Instance].
 func (n *node) Close(ctx context.Context) error {
-	n.groups.leave(n.group.Load())
+	n.groups.leave(n.member.Load().group)
 	return n.Pass.Close(ctx)
 }
 
@@ -215,18 +255,19 @@ func (n *node) Measurements() []block.Measurement {
 }
 
 func (n *node) nowWaiting() int {
-	g := n.group.Load()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(n.waiting[reading]) + len(n.waiting[writing])
+	m := n.member.Load()
+	m.group.mu.Lock()
+	defer m.group.mu.Unlock()
+	return len(m.waiting[reading]) + len(m.waiting[writing])
 }
 
 // OldestWait implements [block.Waiter].
 func (n *node) OldestWait() (what string, age time.Duration, ok bool) {
-	g := n.group.Load()
+	m := n.member.Load()
+	g := m.group
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, list := range n.waiting {
+	for _, list := range m.waiting {
 		if len(list) > 0 {
 			ok = true
 			age = max(age, time.Since(g.epoch)-list[0].since)

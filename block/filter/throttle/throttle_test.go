@@ -87,8 +87,10 @@ func read(ctx context.Context, d *disk, n int64) error {
 }
 
 func write(ctx context.Context, d *disk, n int64) error {
-	return d.root.WriteAt(ctx, bytes.Repeat([]byte{7}, int(n)), 0, 0)
+	return d.root.WriteAt(ctx, sevens[:n], 0, 0)
 }
+
+var sevens = bytes.Repeat([]byte{7}, 1<<20)
 
 func zero(ctx context.Context, d *disk, n int64) error     { return d.root.WriteZeroes(ctx, 0, n, 0) }
 func discard(ctx context.Context, d *disk, n int64) error  { return d.root.Discard(ctx, 0, n) }
@@ -160,12 +162,12 @@ func TestThrottleHoldsEachLimit(t *testing.T) {
 		sides []side
 		bytes bool
 	}{
-		{"BpsTotal", 10_000_000, []side{{"read", read}, {"write", write}}, true},
-		{"BpsRead", 10_000_000, []side{{"read", read}}, true},
-		{"BpsWrite", 10_000_000, []side{{"write", write}}, true},
-		{"IopsTotal", 3000, []side{{"read", read}, {"write", write}}, false},
-		{"IopsRead", 3000, []side{{"read", read}}, false},
-		{"IopsWrite", 3000, []side{{"write", write}, {"zero", zero}, {"discard", discard}}, false},
+		{"BpsTotal", 2_000_000, []side{{"read", read}, {"write", write}}, true},
+		{"BpsRead", 2_000_000, []side{{"read", read}}, true},
+		{"BpsWrite", 2_000_000, []side{{"write", write}}, true},
+		{"IopsTotal", 1000, []side{{"read", read}, {"write", write}}, false},
+		{"IopsRead", 1000, []side{{"read", read}}, false},
+		{"IopsWrite", 1000, []side{{"write", write}, {"zero", zero}, {"discard", discard}}, false},
 	} {
 		t.Run(c.limit, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -317,7 +319,7 @@ func TestThrottleWhoComesLaterDoesNotOvertake(t *testing.T) {
 		}()
 		synctest.Wait()
 		// The timer is late: when it was due, another request comes first.
-		g := d.node.Instance().(*node).group.Load()
+		g := d.node.Instance().(*node).member.Load().group
 		g.mu.Lock()
 		g.timer.Stop()
 		g.mu.Unlock()
@@ -579,7 +581,7 @@ func TestThrottleUnlimitedTakesNoLock(t *testing.T) {
 	}
 	d := openDisk(t, newGraph(t, gs), &Options{Group: "g", Limits: None()})
 	defer d.close()
-	g := d.node.Instance().(*node).group.Load()
+	g := d.node.Instance().(*node).member.Load().group
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	lane, end := d.admitted()
@@ -754,6 +756,80 @@ func TestThrottleGroups(t *testing.T) {
 	if err := gs.Delete("a"); err != nil {
 		t.Errorf("delete of a group that was left: %v", err)
 	}
+}
+
+func reopened(d *disk, o *Options) error {
+	return d.g.Reopen(ctx, block.ReopenRequest{Node: d.node, Config: &block.Config{Unmap: true, Options: o}})
+}
+
+func TestG21ThrottleGetsOtherLimitsAndGroups(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gs := new(Groups)
+		if err := gs.Create("g", limits("IopsTotal", 500)); err != nil {
+			t.Fatal(err)
+		}
+		d := openDisk(t, newGraph(t, gs), &Options{Limits: limits("IopsTotal", 100)})
+		defer d.close()
+		l := d.load(4, 512, read)
+		near(t, "before", float64(during(10*time.Second, l)[0]), 1000, 3)
+		for _, c := range []struct {
+			o    Options
+			rate float64
+		}{
+			{Options{Limits: limits("IopsTotal", 1000)}, 1000},
+			{Options{Group: "g", Limits: None()}, 500},
+			{Options{Limits: limits("IopsRead", 50)}, 50},
+		} {
+			began := time.Now()
+			if err := reopened(d, &c.o); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(began); took != 0 {
+				t.Errorf("the reopen took %v", took)
+			}
+			near(t, fmt.Sprintf("with %+v", c.o), float64(during(10*time.Second, l)[0]), 10*c.rate, 3)
+		}
+		// Refused, nothing changes.
+		for text, o := range map[string]*Options{
+			"Could not reopen node '" + d.node.Name() + "': Please specify a throttle group":                                      {Limits: None()},
+			"Could not reopen node '" + d.node.Name() + "': Throttle group 'x' does not exist":                                    {Group: "x", Limits: None()},
+			"Could not reopen node '" + d.node.Name() + "': bps/iops/max values must be within [0, 1000000000000000]":             {Limits: limits("IopsRead", -1)},
+			"Could not reopen node '" + d.node.Name() + "': throttle-group and limits of its own cannot be used at the same time": {Group: "g", Limits: limits("IopsRead", 1)},
+		} {
+			if err := reopened(d, o); err == nil || err.Error() != text {
+				t.Errorf("%v, want %s", err, text)
+			}
+		}
+		near(t, "as before", float64(during(10*time.Second, l)[0]), 500, 3)
+		l.end()
+		if err := gs.Delete("g"); err != nil {
+			t.Errorf("the group still has a member: %v", err)
+		}
+	})
+}
+
+func TestG21ThrottleStaysWhenAnotherNodeRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gs := new(Groups)
+		if err := gs.Create("g", limits("IopsTotal", 500)); err != nil {
+			t.Fatal(err)
+		}
+		g := newGraph(t, gs)
+		a, b := openDisk(t, g, &Options{Limits: limits("IopsTotal", 100)}), openDisk(t, g, &Options{Limits: limits("IopsTotal", 100)})
+		defer a.close()
+		defer b.close()
+		err := g.Reopen(ctx, block.ReopenRequest{Node: a.node, Config: &block.Config{Unmap: true, Options: &Options{Group: "g", Limits: None()}}},
+			block.ReopenRequest{Node: b.node, Config: &block.Config{Unmap: true, Options: &Options{Group: "x", Limits: None()}}})
+		if err == nil {
+			t.Fatal("reopened")
+		}
+		l := a.load(4, 512, read)
+		near(t, "at the old limit", float64(during(10*time.Second, l)[0]), 1000, 3)
+		l.end()
+		if err := gs.Delete("g"); err != nil {
+			t.Errorf("the group still has a member: %v", err)
+		}
+	})
 }
 
 func TestThrottleConforms(t *testing.T) {
