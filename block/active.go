@@ -164,6 +164,7 @@ func (g *Graph) wake(ctx context.Context, c *claim) error {
 			}
 		}
 		n.refreshLimits()
+		n.othersMayHaveWritten()
 	}
 	return nil
 }

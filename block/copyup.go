@@ -1,9 +1,6 @@
 package block
 
-import (
-	"context"
-	"errors"
-)
+import "context"
 
 // copyStep is how much CopyUp copies at once, in bytes, unless a cluster is larger.
 const copyStep = 1 << 20
@@ -16,9 +13,8 @@ const copyStep = 1 << 20
 //
 // No write to the child is in flight meanwhile in the range that is being copied, so
 // nothing that was written is overwritten with what was there before. The edge must hold
-// [PermWriteUnchanged] ([ErrPermission], [ErrReadOnly]), by which the child knows that
-// it has to keep writes apart; whoever takes that permission while the child is in use
-// waits for what is in flight then ([Grace]) before the first CopyUp.
+// [PermWriteUnchanged] ([ErrPermission], [ErrReadOnly]), and the child be tracked, see
+// [Graph.TrackWrites].
 func (e *Edge) CopyUp(ctx context.Context, off, length int64, depth int) (copied int64, err error) {
 	n := e.Node()
 	if err := e.writable(off, length, WriteUnchanged); err != nil {
@@ -55,15 +51,22 @@ func (n *Node) copyGranule() int64 {
 	return l.RequestAlignment
 }
 
-// isCopiedUp tells whether a user may call CopyUp. Graph.mu is held.
-func (n *Node) isCopiedUp() bool {
-	for _, e := range n.parents {
-		// Other roles pass the permission on, but write for themselves.
-		if e.role&RoleFiltered != 0 && e.perm.load()&PermWriteUnchanged != 0 {
-			return true
+// trackFor has the writes to a node tracked that becomes the child of e, if e may copy
+// up. The parents that move are drained. Graph.mu is held.
+func trackFor(e *Edge, to *Node) error {
+	if to.writes.tracked.Load() || e.parent == nil || e.parent.driver.Needs == nil {
+		return nil
+	}
+	if needs, _ := e.parent.driver.Needs(e.parent.cfg()); needs&PermWriteUnchanged == 0 {
+		return nil
+	}
+	for _, o := range to.parents {
+		if o.perm.load()&(PermWrite|PermWriteUnchanged) != 0 {
+			return refuse(ErrBusy, "Node '%s' is being written by %s, so node '%s' cannot begin to copy into it", to.name, o.user(), e.parent.name)
 		}
 	}
-	return false
+	to.writes.tracked.Store(true)
+	return nil
 }
 
 // isBelow tells whether what is there comes from a layer up to depth below.
@@ -74,7 +77,10 @@ func (x *Extent) isBelow(depth int) bool {
 // copyUp copies what is to be copied between from and to, which are multiples of the granule.
 func (e *Edge) copyUp(ctx context.Context, from, to int64, depth int) (copied int64, err error) {
 	n := e.Node()
-	w := n.beginWrite(from, to-from, true)
+	w, err := n.enter(from, to-from, Serialising)
+	if err != nil {
+		return 0, err
+	}
 	defer n.endWrite(w)
 	buf := GetBuffer(int(to - from))
 	defer PutBuffer(buf)
@@ -106,15 +112,12 @@ func (e *Edge) copyUp(ctx context.Context, from, to int64, depth int) (copied in
 	return copied, nil
 }
 
-// storeUnchanged writes whole blocks that read as p already.
+// storeUnchanged writes whole blocks that read as p already, as a part of a request
+// that has entered.
 func (n *Node) storeUnchanged(ctx context.Context, p []byte, off int64) error {
-	length := int64(len(p))
-	if n.zeroer != nil && IsZero(p) && (n.lim().MaxZero == 0 || length <= n.lim().MaxZero) {
-		// The range holds nothing yet, so this gives nothing up.
-		err := n.zeroer.WriteZeroes(ctx, off, length, (MayUnmap|WriteUnchanged)&n.lim().ZeroFlags)
-		if !errors.Is(err, ErrNotSupported) {
-			return err
-		}
+	if n.zeroer != nil && IsZero(p) {
+		// The range holds nothing yet, so unmapping gives nothing up.
+		return n.zeroAligned(ctx, off, int64(len(p)), MayUnmap|WriteUnchanged)
 	}
 	return n.writeAligned(ctx, p, off, WriteUnchanged)
 }

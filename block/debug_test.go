@@ -57,6 +57,7 @@ func TestG27EventsOfTheSeam(t *testing.T) {
 		return &block.Config{Driver: "witness", Unmap: true, Children: map[string]*block.Config{"file": c}}
 	}
 	r := attached(t, opened(t, g, over(over(disk("", 1<<20)))), "test", block.PermConsistentRead|block.PermWrite|block.PermWriteUnchanged, 0)
+	must(t, g.TrackWrites(ctx, above.Child.Node()))
 	for _, c := range []struct {
 		what   string
 		do     func(ctx context.Context) error
@@ -72,7 +73,7 @@ func TestG27EventsOfTheSeam(t *testing.T) {
 		{"copy", func(ctx context.Context) error {
 			_, err := above.Child.CopyUp(ctx, 4096, 512, 1)
 			return err
-		}, "cor_write"},
+		}, "cor_write pwritev_zero"},
 		{"zeroes", func(ctx context.Context) error { return r.WriteZeroes(ctx, 0, 512, 0) }, "pwritev_zero"},
 		{"flush", r.Flush, "flush_to_disk"},
 		{"read", func(ctx context.Context) error { return r.ReadAt(ctx, make([]byte, 512), 0) }, ""},

@@ -186,8 +186,8 @@ func (n *Node) dead() bool { return n.refs == 0 && !n.held() && !n.busy }
 func (g *Graph) close(ctx context.Context, n *Node) error {
 	n.resume()
 	var err error
-	if !n.cfg().ReadOnly && !n.cfg().NoIO && n.Active() {
-		err = n.inst.Flush(ctx)
+	if n.Active() {
+		err = n.flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))
 	if err != nil {

@@ -30,6 +30,8 @@ type Node struct {
 	config atomic.Pointer[Config] // effective
 	limits atomic.Pointer[Limits]
 	cow    atomic.Pointer[Edge] // the child that is read where this node holds nothing; nil: none
+	// bitmaps changes under Graph.mu too; nil: there are none.
+	bitmaps atomic.Pointer[bitmapSet]
 	// inactive is written under Graph.mu too.
 	inactive atomic.Bool
 
@@ -53,8 +55,8 @@ type Node struct {
 
 	stats [NumShards]nodeCell
 
-	rmu    sync.Mutex // guards writes
-	writes writeRanges
+	writes  writeRanges
+	flushes flushes
 
 	gmu sync.Mutex // held while a write makes the node longer, see growTo
 }

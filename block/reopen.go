@@ -351,8 +351,8 @@ func (d *Driver) mayChange(from, to any) error {
 // run does what was planned. All nodes concerned are drained.
 func (r *reopen) run(ctx context.Context) error {
 	for _, p := range r.nodes {
-		if n := p.node; n.Active() && !p.old.ReadOnly && !p.old.NoIO {
-			if err := n.inst.Flush(ctx); err != nil {
+		if n := p.node; n.Active() {
+			if err := n.flush(ctx); err != nil {
 				return fmt.Errorf("Error flushing drive: node '%s': %w", n.name, err)
 			}
 		}

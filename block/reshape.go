@@ -124,7 +124,7 @@ func (g *Graph) AppendOverlay(ctx context.Context, overlay, base *Node) error {
 	}
 	return g.reshaping(ctx, func() error {
 		if err := base.flush(ctx); err != nil {
-			return err
+			return base.fail("flush", 0, 0, err)
 		}
 		return g.change(ctx, func(t *tx) error {
 			if err := check(); err != nil {
@@ -136,14 +136,6 @@ func (g *Graph) AppendOverlay(ctx context.Context, overlay, base *Node) error {
 			return t.replace(base, overlay, true)
 		})
 	}, base, overlay)
-}
-
-// flush makes durable what was written to n, in which nothing is in flight.
-func (n *Node) flush(ctx context.Context) error {
-	if n.cfg().ReadOnly || n.cfg().NoIO {
-		return nil
-	}
-	return n.fail("flush", 0, 0, n.inst.Flush(ctx))
 }
 
 // SetBacking makes backing what n reads where it holds nothing; nil for zeroes. The

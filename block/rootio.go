@@ -136,3 +136,16 @@ func (r *Root) BlockStatus(ctx context.Context, off, length int64, precise bool)
 	}
 	return x, err
 }
+
+// ReadSerialised is [Edge.ReadSerialised].
+func (r *Root) ReadSerialised(ctx context.Context, p []byte, off int64) error {
+	n, err := r.inside(off, int64(len(p)))
+	if err != nil {
+		return err
+	}
+	clear(p[n:])
+	if n == 0 {
+		return nil
+	}
+	return r.edge.ReadSerialised(ctx, p[:n], off)
+}

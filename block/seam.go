@@ -52,6 +52,9 @@ func (e *Edge) writable(off, length int64, flags ReqFlags) error {
 		}
 		return ErrPermission
 	}
+	if b := e.Node().bitmaps.Load(); b != nil && b.readOnly != nil {
+		return b.refusal()
+	}
 	if !sane(off, length) {
 		return ErrRange
 	}
@@ -131,35 +134,70 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 	if length == 0 {
 		return nil
 	}
-	if n.cfg().DetectZeroes != DetectZeroesOff && IsZero(p) {
-		zf := flags & (FUA | WriteUnchanged)
-		if n.cfg().DetectZeroes == DetectZeroesUnmap {
-			zf |= MayUnmap
-		}
-		return e.WriteZeroes(ctx, off, length, zf)
+	if n.detects(p) {
+		return e.WriteZeroes(ctx, off, length, flags&(FUA|WriteUnchanged|Serialising)|n.unmapDetected())
+	}
+	if flags&FUA != 0 && n.unsafe() {
+		flags &^= FUA
 	}
 	n.countWrite(ShardOf(ctx), length)
-	return n.fail("write", off, length, n.write(ctx, p, off, flags&(FUA|WriteUnchanged)))
+	err := n.write(ctx, p, off, flags&(FUA|WriteUnchanged|Serialising))
+	n.changed(ctx, off, length, flags&FUA != 0 && err == nil)
+	return n.fail("write", off, length, err)
 }
 
-// write aligns: what is not whole blocks is read, changed and written back, with
-// no other write to these blocks meanwhile.
+// detects tells whether p is to be zeroed instead of written.
+func (n *Node) detects(p []byte) bool {
+	return n.cfg().DetectZeroes != DetectZeroesOff && n.zeroer != nil && IsZero(p)
+}
+
+func (n *Node) unmapDetected() ReqFlags {
+	if n.cfg().DetectZeroes == DetectZeroesUnmap {
+		return MayUnmap
+	}
+	return 0
+}
+
+// write keeps away from writes that it must not overlap.
 func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
+	w, err := n.enter(off, int64(len(p)), flags)
+	if err != nil {
+		return err
+	}
+	if w != nil {
+		defer n.endWrite(w)
+	}
+	return n.writeEntered(ctx, p, off, flags)
+}
+
+// enter begins a write in the blocks of [off, off+length), which excludes others where
+// parts of blocks are to be rewritten. It returns nil where nobody need know of it.
+func (n *Node) enter(off, length int64, flags ReqFlags) (*writeRange, error) {
 	a := n.lim().RequestAlignment
 	if a == 1 && !n.writes.tracked.Load() {
+		if flags&Serialising != 0 {
+			return nil, refuse(ErrInvalid, "writes to node '%s' are not tracked", n.name)
+		}
+		return nil, nil
+	}
+	head, tail := off&^(a-1), (off+length+a-1)&^(a-1)
+	return n.beginWrite(head, tail-head, (off|length)&(a-1) != 0 || flags&Serialising != 0), nil
+}
+
+// writeEntered aligns: what is not whole blocks is read, changed and written back.
+func (n *Node) writeEntered(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
+	a := n.lim().RequestAlignment
+	if a == 1 {
 		return n.writeAligned(ctx, p, off, flags)
 	}
 	length := int64(len(p))
-	head, tail := off&^(a-1), (off+length+a-1)&^(a-1)
-	serial := (off|length)&(a-1) != 0
-	w := n.beginWrite(head, tail-head, serial)
-	defer n.endWrite(w)
 	if err := n.growTo(ctx, off+length); err != nil {
 		return err
 	}
-	if !serial {
+	if (off|length)&(a-1) == 0 {
 		return n.writeAligned(ctx, p, off, flags)
 	}
+	head, tail := off&^(a-1), (off+length+a-1)&^(a-1)
 	if tail-head <= 2*a {
 		return n.modify(ctx, p, off, head, tail, flags)
 	}
@@ -184,7 +222,7 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 // growth from the padding of its last block, and a truncation beside a write that
 // grows the node would cut off what that has written.
 func (n *Node) growTo(ctx context.Context, end int64) error {
-	if n.truncater == nil || end <= n.inst.Size() || n.lim().RequestAlignment == 1 {
+	if n.truncater == nil || end <= n.inst.Size() {
 		return nil
 	}
 	n.gmu.Lock()
@@ -219,6 +257,9 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 	}
 	n.debugModify(off > head, EventPwritevRMWAfterHead, off+int64(len(p)) < tail, EventPwritevRMWAfterTail)
 	copy(b[off-head:], p)
+	if n.detects(b) {
+		return n.zeroAligned(ctx, head, tail-head, flags|n.unmapDetected())
+	}
 	return n.writeAligned(ctx, b, head, flags)
 }
 
@@ -261,28 +302,37 @@ func (e *Edge) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlag
 	if !n.cfg().Unmap {
 		flags &^= MayUnmap
 	}
+	if flags&FUA != 0 && n.unsafe() {
+		flags &^= FUA
+	}
 	n.stats[ShardOf(ctx)%NumShards].zeroes.Add(1)
-	return n.fail("zero", off, length, n.zero(ctx, off, length, flags))
+	err := n.zero(ctx, off, length, flags)
+	n.changed(ctx, off, length, flags&FUA != 0 && err == nil)
+	return n.fail("zero", off, length, err)
 }
 
 // zero aligns: the middle of whole blocks first, so that nothing has changed if
 // that is refused.
 func (n *Node) zero(ctx context.Context, off, length int64, flags ReqFlags) error {
+	w, err := n.enter(off, length, flags)
+	if err != nil {
+		return err
+	}
+	if w != nil {
+		defer n.endWrite(w)
+	}
 	a := n.lim().RequestAlignment
-	if a == 1 && !n.writes.tracked.Load() {
+	if a == 1 {
 		return n.zeroAligned(ctx, off, length, flags)
 	}
 	first, last := (off+a-1)&^(a-1), (off+length)&^(a-1)
 	if first >= last {
 		return n.writeZeroBytes(ctx, off, length, flags)
 	}
-	w := n.beginWrite(first, last-first, false)
-	err := n.growTo(ctx, last)
-	if err == nil {
-		err = n.zeroAligned(ctx, first, last-first, flags)
+	if err := n.growTo(ctx, last); err != nil {
+		return err
 	}
-	n.endWrite(w)
-	if err != nil {
+	if err := n.zeroAligned(ctx, first, last-first, flags); err != nil {
 		return err
 	}
 	if err := n.writeZeroBytes(ctx, off, first-off, flags); err != nil {
@@ -325,14 +375,19 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 	return n.emulateFUA(ctx, flags, native)
 }
 
-// writeZeroBytes writes zeroes as data.
+// writeZeroBytes writes zeroes as data, as a part of a request that has entered. If
+// they are whole blocks, the node is long enough for them.
 func (n *Node) writeZeroBytes(ctx context.Context, off, length int64, flags ReqFlags) error {
 	if length == 0 {
 		return nil
 	}
+	write := n.writeEntered
+	if (off|length)&(n.lim().RequestAlignment-1) == 0 {
+		write = n.writeAligned
+	}
 	for length > 0 {
 		step := min(length, int64(len(zeroes)))
-		if err := n.write(ctx, zeroes[:step], off, flags&(n.lim().WriteFlags&FUA|WriteUnchanged)); err != nil {
+		if err := write(ctx, zeroes[:step], off, flags&(n.lim().WriteFlags&FUA|WriteUnchanged)); err != nil {
 			return err
 		}
 		off, length = off+step, length-step
@@ -352,7 +407,9 @@ func (e *Edge) Discard(ctx context.Context, off, length int64) error {
 	if !n.cfg().Unmap || n.discarder == nil || length == 0 {
 		return nil
 	}
-	return n.fail("discard", off, length, n.discard(ctx, off, length))
+	err := n.discard(ctx, off, length)
+	n.changed(ctx, off, length, false)
+	return n.fail("discard", off, length, err)
 }
 
 func (n *Node) discard(ctx context.Context, off, length int64) error {
@@ -366,7 +423,7 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 			return nil
 		}
 	}
-	if n.lim().RequestAlignment > 1 || n.writes.tracked.Load() {
+	if a := n.lim().RequestAlignment; a > 1 || n.writes.tracked.Load() {
 		w := n.beginWrite(off, end-off, false)
 		defer n.endWrite(w)
 	}
@@ -391,11 +448,7 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 func (e *Edge) Flush(ctx context.Context) error {
 	n := e.Node()
 	n.stats[ShardOf(ctx)%NumShards].flushes.Add(1)
-	if n.cfg().ReadOnly {
-		return nil
-	}
-	n.debug(EventFlushToDisk)
-	return n.fail("flush", 0, 0, n.inst.Flush(ctx))
+	return n.fail("flush", 0, 0, n.flush(ctx))
 }
 
 // Prefetch makes the range resident in memory where the driver can. It is a hint.
@@ -421,7 +474,16 @@ func (e *Edge) Truncate(ctx context.Context, size int64) error {
 	case n.truncater == nil:
 		return n.fail("truncate", size, 0, ErrNotSupported)
 	}
-	return n.fail("truncate", size, 0, n.truncater.Truncate(ctx, size))
+	b := n.bitmaps.Load()
+	if b != nil && b.readOnly != nil {
+		return n.fail("truncate", size, 0, b.refusal())
+	}
+	err := n.truncater.Truncate(ctx, size)
+	n.changed(ctx, size, 0, false)
+	if b != nil {
+		b.resized(n.inst.Size())
+	}
+	return n.fail("truncate", size, 0, err)
 }
 
 // Locate tells where the bytes from off on lie, for at most length bytes, without

@@ -45,10 +45,10 @@ func reached(l *blocktest.Log, from *int) []string {
 	return list
 }
 
-func must(t testing.TB, err error) {
+func must(t blocktest.TB, err error) {
 	t.Helper()
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v", err)
 	}
 }
 

@@ -5,6 +5,9 @@ import "sync/atomic"
 // A nodeCell counts the requests that pass a node's seam, for one shard.
 type nodeCell struct {
 	reads, readBytes, writes, writeBytes, zeroes, discards, flushes, statuses atomic.Int64
+
+	changes atomic.Int64 // see flush.go
+	_       [56]byte
 }
 
 // NodeStats are the requests that a node was asked for since it was opened,

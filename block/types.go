@@ -19,6 +19,9 @@ const (
 	// WriteUnchanged says that the data equals what the range reads as already
 	// (copy-on-read), so that the permission of that name is enough.
 	WriteUnchanged
+	// Serialising keeps out all other writes, zero requests and discards that overlap,
+	// for the time that the request takes. The node must be tracked, see [Graph.TrackWrites].
+	Serialising
 )
 
 // Limits are a node's abilities and constraints. They are computed from the
@@ -66,7 +69,9 @@ type Instance interface {
 	// WriteAt stores p at byte off. It must not modify p. Only flags in Limits.WriteFlags arrive.
 	// A range past the size arrives only from parents with [PermResize], and grows the node.
 	WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags) error
-	// Flush makes every write that has returned before the call durable.
+	// Flush makes every write that has returned before the call durable. A protocol
+	// node is not asked where nothing was changed since it last succeeded, nor with
+	// Cache.NoFlush; no request with FUA comes then.
 	Flush(ctx context.Context) error
 	// Size is the length in bytes, exact. It must be cheap and not block.
 	Size() int64
@@ -207,6 +212,41 @@ type Inspector interface {
 	Inspect() any
 }
 
+// An Informer knows what [Node.Info] tells.
+type Informer interface {
+	// ImageInfo may be called at any time.
+	ImageInfo() ImageInfo
+}
+
+// A ZeroIniter knows whether its data reads as zero if it is as it was created.
+type ZeroIniter interface {
+	HasZeroInit() bool
+}
+
+// An Allocator knows how much space its data takes.
+type Allocator interface {
+	// AllocatedSize is in bytes.
+	AllocatedSize() (int64, error)
+}
+
+// A Checker can look for errors in the metadata of its image.
+type Checker interface {
+	// Check calls report, if not nil, with a line for each finding. Nothing is in flight.
+	// With fix it repairs what that allows, and the result tells what was repaired and
+	// what is left. An error says why the check, or the repair, could not be done.
+	Check(ctx context.Context, fix CheckFix, report func(line string)) (*CheckResult, error)
+}
+
+// An Amender can change the options that its image was created with.
+type Amender interface {
+	// NewAmendOptions returns a pointer to a struct as of [Driver.NewOptions], with the
+	// options of the image as they are.
+	NewAmendOptions() any
+	// Amend makes the image have the options, durably, or changes nothing; those that
+	// it cannot change it refuses by name. Nothing is in flight.
+	Amend(ctx context.Context, options any) error
+}
+
 // A Measurer publishes figures for the metrics endpoint.
 type Measurer interface {
 	// Measurements is called at a scrape, in parallel with requests.
@@ -235,6 +275,12 @@ type BackingChanger interface {
 	// fails with ErrNoSpace where the name does not fit, with ErrReadOnly on a node that
 	// cannot be written, and changes nothing then. It is called with nothing in flight.
 	ChangeBackingFile(ctx context.Context, name, format string) error
+}
+
+// A BitmapStorer can store bitmaps in its image.
+type BitmapStorer interface {
+	// CanStoreBitmap returns an error that says why a new bitmap could not be stored.
+	CanStoreBitmap(name string, granularity int64) error
 }
 
 // A ChildAdder takes any number of children of one kind (quorum). Its methods are

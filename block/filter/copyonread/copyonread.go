@@ -62,8 +62,7 @@ func open(ctx context.Context, o *block.Opening) (_ block.Instance, err error) {
 			}
 		}()
 	}
-	// Requests that are in flight now do not keep out of the way of copies.
-	if err := p.Child.Node().Grace().Wait(ctx); err != nil {
+	if err := o.Node().Graph().TrackWrites(ctx, p.Child.Node()); err != nil {
 		return nil, err
 	}
 	return n, nil
