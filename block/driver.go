@@ -35,7 +35,8 @@ type Driver struct {
 	// not share, for itself: in addition to what its users need and do not share, from
 	// which rule G13 computes those of the children. It is called with the graph's lock held.
 	Needs func(cfg *Config) (perm, unshared Perm)
-	// NewOptions returns a pointer to the driver's own options with their defaults.
+	// NewOptions returns a pointer to the driver's own options with their defaults: a
+	// struct with tags for those that text can set, see [Options.Decode].
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens
 	// children through o, and has no other effect beyond what it returns. On error
@@ -46,6 +47,12 @@ type Driver struct {
 	// ProbeName scores a file name, 0 (not mine) to 100; protocols only. It goes before
 	// a protocol that the name states (rule G7). nil: never.
 	ProbeName func(name string) int
+	// SameFile tells whether two names are of one file, as far as it can tell; protocols
+	// only. nil: it never can.
+	SameFile func(a, b string) bool
+	// Creator makes new images, and Sizer estimates their size; nil: not supported.
+	Creator Creator
+	Sizer   Sizer
 }
 
 // CacheMode says how a node's data relates to the host's page cache.

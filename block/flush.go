@@ -24,6 +24,7 @@ func (n *Node) flush(ctx context.Context) error {
 	if n.cfg().ReadOnly || n.cfg().NoIO {
 		return nil
 	}
+	n.debug(EventFlushToDisk)
 	if n.driver.Kind != Protocol {
 		return n.inst.Flush(ctx)
 	}

@@ -272,7 +272,7 @@ func TestG25FileNames(t *testing.T) {
 			t.Errorf("%s:\n got exact '%s', %s\nwant exact '%s', %s", c.text, n.ExactFilename(), n.Filename(), c.exact, want)
 		}
 		// The name opens the same again.
-		name, tree := n.Filename(), tree(n)
+		name, tree := n.Filename(), treeOf(n)
 		driver := ""
 		if c.exact != "" {
 			driver = "driver=" + n.Driver().Name
@@ -290,9 +290,7 @@ func TestG25FileNames(t *testing.T) {
 	}
 }
 
-// tree describes what a node reads.
-func tree(n *block.Node) string { return treeOf(n) }
-
+// treeOf describes what a node reads.
 func treeOf(n *block.Node) string {
 	s := n.Driver().Name
 	switch o := n.Config().Options.(type) {

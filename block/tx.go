@@ -254,6 +254,9 @@ func (t *tx) move(e *Edge, to *Node) error {
 	if err := t.mayLink(e, to); err != nil {
 		return err
 	}
+	if err := trackFor(e, to); err != nil {
+		return err
+	}
 	// The new child first: a gate that both close must not open between.
 	t.enter(e, to)
 	t.leave(e, from)

@@ -149,6 +149,7 @@ const (
 type Location struct {
 	Kind   LocationKind
 	Stable bool  // LocateData: a guest offset has this host offset for ever (raw), so sendfile is safe
+	Depth  int32 // layer that decides, as of [Extent]; at least 1 where it is not the node asked
 	Length int64 // bytes from the asked offset that the answer holds for, 1 to the asked length
 	Offset int64 // LocateData: byte offset in File
 	File   HostFile
@@ -215,6 +216,35 @@ type Inspector interface {
 type Informer interface {
 	// ImageInfo may be called at any time.
 	ImageInfo() ImageInfo
+}
+
+// A ZeroIniter knows whether its data reads as zero if it is as it was created.
+type ZeroIniter interface {
+	HasZeroInit() bool
+}
+
+// An Allocator knows how much space its data takes.
+type Allocator interface {
+	// AllocatedSize is in bytes.
+	AllocatedSize() (int64, error)
+}
+
+// A Checker can look for errors in the metadata of its image.
+type Checker interface {
+	// Check calls report, if not nil, with a line for each finding. Nothing is in flight.
+	// With fix it repairs what that allows, and the result tells what was repaired and
+	// what is left. An error says why the check, or the repair, could not be done.
+	Check(ctx context.Context, fix CheckFix, report func(line string)) (*CheckResult, error)
+}
+
+// An Amender can change the options that its image was created with.
+type Amender interface {
+	// NewAmendOptions returns a pointer to a struct as of [Driver.NewOptions], with the
+	// options of the image as they are.
+	NewAmendOptions() any
+	// Amend makes the image have the options, durably, or changes nothing; those that
+	// it cannot change it refuses by name. Nothing is in flight.
+	Amend(ctx context.Context, options any) error
 }
 
 // A Measurer publishes figures for the metrics endpoint.

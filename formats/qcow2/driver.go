@@ -208,6 +208,7 @@ func (im *image) loadL1(ctx context.Context) (err error) {
 func (im *image) loadRefcountTable(ctx context.Context) error {
 	n := im.header.RefcountTableEntries()
 	im.refs.table = make([]uint64, n)
+	im.file.Debug(block.EventReftableLoad)
 	// Past the end of the file the table is empty.
 	there := min(n, max(0, im.file.Size()-im.header.RefcountTableOffset)/8)
 	err := readTable(ctx, im.file, im.header.RefcountTableOffset, there, func(i int64, entry uint64) { im.refs.table[i] = entry })
