@@ -112,7 +112,10 @@ func (im *image) PrepareReopen(ctx context.Context, r *block.Reopening) (block.S
 	}
 	if s.reload && !r.Relinked("file") {
 		if _, err := readHeader(ctx, im.file, s.writable); err != nil {
-			return nil, err
+			if im.writable || !s.writable || r.AutoReadOnly(err) != nil {
+				return nil, err
+			}
+			return block.NoSwitch{}, nil // it stays read-only
 		}
 	}
 	return s, nil

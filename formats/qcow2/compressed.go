@@ -111,6 +111,7 @@ func (c *clusterCache) load(ctx context.Context, im *image, entry L2Entry) ([]by
 	}
 	buf := block.GetBuffer(int(n))
 	defer block.PutBuffer(buf)
+	im.file.Debug(block.EventReadCompressed)
 	if err := im.file.ReadAt(ctx, buf, off); err != nil {
 		return nil, err
 	}

@@ -77,7 +77,14 @@ func open(ctx context.Context, o *block.Opening, host Host) (_ block.Instance, e
 		return im, im.openInactive(ctx, o)
 	}
 	writable := isWritable(o.Config)
-	h, err := im.ready(ctx, writable)
+	h, err := readHeader(ctx, file, writable)
+	if err != nil && writable && o.AutoReadOnly(ctx, err) == nil {
+		writable = false
+		h, err = readHeader(ctx, file, false)
+	}
+	if err == nil && writable {
+		h, err = im.repair(ctx, h)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -103,13 +110,18 @@ func readHeader(ctx context.Context, file *block.Edge, writable bool) (*Header, 
 	return h, h.Unsupported(writable)
 }
 
-// ready reads the header, and for writing prepares the image: refcounts that may be
-// wrong are rebuilt (rule R5), features that we do not keep up to date are cleared.
+// ready reads the header, and prepares the image for writing if it is to be written.
 func (im *image) ready(ctx context.Context, writable bool) (*Header, error) {
 	h, err := readHeader(ctx, im.file, writable)
 	if err != nil || !writable {
 		return h, err
 	}
+	return im.repair(ctx, h)
+}
+
+// repair prepares an image for writing: refcounts that may be wrong are rebuilt
+// (rule R5), features that we do not keep up to date are cleared.
+func (im *image) repair(ctx context.Context, h *Header) (_ *Header, err error) {
 	if h.Dirty() {
 		im.log.Warn("qcow2: the image was not closed; its refcounts are rebuilt", "node", im.node.Name())
 		var target Target = im.file
@@ -239,6 +251,7 @@ func (c *contents) loadL1(ctx context.Context, file *block.Edge) (err error) {
 func (c *contents) loadRefcountTable(ctx context.Context, file *block.Edge) error {
 	n := c.header.RefcountTableEntries()
 	c.refs.table = make([]uint64, n)
+	file.Debug(block.EventReftableLoad)
 	// Past the end of the file the table is empty.
 	there := min(n, max(0, file.Size()-c.header.RefcountTableOffset)/8)
 	err := readTable(ctx, file, c.header.RefcountTableOffset, there, func(i int64, entry uint64) { c.refs.table[i] = entry })

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/nbdserve/nbdserve/block"
 )
 
 const (
@@ -63,6 +65,7 @@ func (l *limbo) putBack(list []extent) {
 
 // free gives up a reference to each cluster of e. im.mu is held.
 func (im *image) free(e extent) {
+	im.file.Debug(block.EventClusterFree)
 	if im.broken&ruleRemoveFirst != 0 {
 		im.dropNow(e)
 		return

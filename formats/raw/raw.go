@@ -112,8 +112,8 @@ func (n *node) offset() int64 { return n.window.Load().Offset }
 func (n *node) Limits() block.Limits {
 	l := n.file.Limits()
 	// The child's seam takes what flags and alignments there are, and pads.
-	l.WriteFlags = block.FUA
-	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback
+	l.WriteFlags = block.FUA | block.WriteUnchanged
+	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback | block.WriteUnchanged
 	if n.offset()%l.RequestAlignment != 0 {
 		l.RequestAlignment = n.offset() & -n.offset()
 	}
@@ -173,6 +173,7 @@ func (n *node) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if inside == 0 {
 		return nil
 	}
+	n.file.Debug(block.EventReadAIO)
 	return n.file.ReadAt(ctx, p[:inside], n.offset()+off)
 }
 
@@ -188,6 +189,7 @@ func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.Req
 	if err != nil || inside == 0 {
 		return err
 	}
+	n.file.Debug(block.EventWriteAIO)
 	return n.file.WriteAt(ctx, p[:inside], n.offset()+off, flags)
 }
 
