@@ -21,6 +21,8 @@ func (k DriverKind) String() string { return [...]string{"protocol", "format", "
 type Driver struct {
 	Name string // QEMU's name: "file", "host_device", "raw", "qcow2"
 	Kind DriverKind
+	// Backing tells that nodes can have a backing node, child "backing" in role COW.
+	Backing bool
 	// NewOptions returns a pointer to the driver's own options with their defaults.
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens

@@ -72,3 +72,16 @@ func (e *NodeError) Error() string {
 }
 
 func (e *NodeError) Unwrap() error { return e.Err }
+
+// A refusal is an error with a text of its own that wraps one of the errors above.
+type refusal struct {
+	text string
+	err  error
+}
+
+func (r *refusal) Error() string { return r.text }
+func (r *refusal) Unwrap() error { return r.err }
+
+func refuse(err error, format string, args ...any) error {
+	return &refusal{fmt.Sprintf(format, args...), err}
+}

@@ -6,7 +6,7 @@ var ChildPerm = childPerm
 
 // Shared is what the parent lets others hold.
 func (e *Edge) Shared() Perm {
-	g := e.child.graph
+	g := e.Node().graph
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return e.shared

@@ -20,13 +20,14 @@ type Graph struct {
 
 	mu    sync.Mutex // guards all below, and the fields of nodes and edges that say so
 	nodes map[string]*Node
-	roots map[*Root]struct{}
 	auto  int // number of the next made-up node name
+
+	telling sync.WaitGroup // drivers that are told of a drain that was given up
 }
 
 // NewGraph returns an empty graph that can open nodes of the given drivers.
 func NewGraph(log *slog.Logger, drivers ...*Driver) *Graph {
-	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node), roots: make(map[*Root]struct{})}
+	g := &Graph{log: log, drivers: make(map[string]*Driver), nodes: make(map[string]*Node)}
 	for _, d := range drivers {
 		g.drivers[d.Name] = d
 	}
@@ -38,6 +39,7 @@ func (g *Graph) Log() *slog.Logger { return g.log }
 
 // Close ends the graph. A node that is still there is a bug of its user: the error names it.
 func (g *Graph) Close(context.Context) error {
+	g.telling.Wait()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if len(g.nodes) == 0 {
@@ -130,7 +132,8 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	if eff.Options == nil && d.NewOptions != nil {
 		eff.Options = d.NewOptions()
 	}
-	n := &Node{graph: g, driver: d, config: &eff, refs: 1, shared: PermAll}
+	n := &Node{graph: g, driver: d, refs: 1, shared: PermAll}
+	n.config.Store(&eff)
 	g.mu.Lock()
 	err := g.reserve(n, cfg.NodeName)
 	g.mu.Unlock()
@@ -144,6 +147,7 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 	g.mu.Lock()
 	n.setInstance(inst)
 	g.mu.Unlock()
+	n.tell(true) // a child may be drained
 	return n, nil
 }
 
@@ -151,73 +155,27 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 func (g *Graph) openChild(ctx context.Context, parent *Node, name string, role Role, cfg *Config) (*Edge, error) {
 	c := cfg
 	if cfg.Ref == "" {
-		c = inherit(parent.config, role, cfg)
+		c = inherit(parent.cfg(), role, cfg)
 	}
 	child, err := g.Open(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	// The edge takes the reference over.
-	e := &Edge{parent: parent, child: child, name: name, role: role}
-	g.mu.Lock()
-	err = g.attach(e)
-	g.mu.Unlock()
-	if err != nil {
-		return nil, errors.Join(err, g.Release(ctx, child))
+	e := newEdge(parent, child, name, role)
+	err = g.change(ctx, func(t *tx) error { return t.link(e) })
+	if err = errors.Join(err, g.Release(ctx, child)); err != nil {
+		return nil, err
 	}
 	return e, nil
 }
 
-// attach links e, whose fields are set, into the graph and gives it its
-// permissions. On error the graph is as before. Graph.mu is held.
-func (g *Graph) attach(e *Edge) error {
-	if e.parent != nil {
-		if e.parent == e.child || e.child.reaches(e.parent) {
-			return fmt.Errorf("Making '%s' a %s child of '%s' would create a cycle", e.child.name, e.name, e.parent.name)
-		}
-		e.parent.children = append(e.parent.children, e)
-		if e.role&RoleCOW != 0 {
-			e.parent.cow = e
-		}
-	}
-	e.child.parents = append(e.child.parents, e)
-	if err := g.updatePerms(e.child, e); err != nil {
-		g.unlink(e)
-		return err
-	}
-	if e.child.quiesce > 0 {
-		e.quiesceParent()
-	}
-	return nil
-}
-
-// unlink takes e out of the lists. Graph.mu is held.
-func (g *Graph) unlink(e *Edge) {
-	is := func(o *Edge) bool { return o == e }
-	e.child.parents = slices.DeleteFunc(e.child.parents, is)
-	if e.parent != nil {
-		e.parent.children = slices.DeleteFunc(e.parent.children, is)
-		if e.parent.cow == e {
-			e.parent.cow = nil
-		}
-	}
-}
-
-// detach takes e out of the graph, drops its permissions and gives its reference back.
+// detach takes e out of the graph, drops its permissions and gives its reference
+// back. Only that can fail: e is gone nevertheless.
 func (g *Graph) detach(ctx context.Context, e *Edge) error {
-	g.mu.Lock()
-	g.unlink(e)
-	var open []*Root
-	if e.child.quiesce > 0 {
-		e.unquiesceParent(&open)
-	}
-	// Loosening is never refused.
-	err := g.updatePerms(e.child, nil)
-	g.mu.Unlock()
-	for _, r := range open {
-		r.resumeLanes()
-	}
-	return errors.Join(err, g.Release(ctx, e.child))
+	return g.change(ctx, func(t *tx) error {
+		t.unlink(e)
+		return nil
+	})
 }
 
 // Release gives a reference back. With the last one the node is flushed and
@@ -232,7 +190,7 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 		return nil
 	}
 	var err error
-	if !n.config.ReadOnly && !n.config.NoIO {
+	if !n.cfg().ReadOnly && !n.cfg().NoIO {
 		err = n.inst.Flush(ctx)
 	}
 	err = errors.Join(err, n.inst.Close(ctx))
@@ -245,8 +203,8 @@ func (g *Graph) Release(ctx context.Context, n *Node) error {
 // dismantle detaches the children of a closed or never opened node and frees its name.
 func (g *Graph) dismantle(ctx context.Context, n *Node) error {
 	var errs []error
-	for len(n.children) > 0 {
-		errs = append(errs, g.detach(ctx, n.children[len(n.children)-1]))
+	for _, e := range slices.Backward(n.Children()) {
+		errs = append(errs, g.detach(ctx, e))
 	}
 	g.mu.Lock()
 	delete(g.nodes, n.name)

@@ -1,7 +1,6 @@
 package block
 
 import (
-	"fmt"
 	"slices"
 	"sync/atomic"
 )
@@ -11,14 +10,12 @@ type atomicPerm struct{ v atomic.Uint32 }
 func (p *atomicPerm) load() Perm   { return Perm(p.v.Load()) }
 func (p *atomicPerm) store(q Perm) { p.v.Store(uint32(q)) }
 
-// A permTx changes the permissions of the edges below a node: check everything,
-// then commit, or abort to exactly the graph before (rule G14).
+// A permTx changes the permissions of the edges below some nodes: check everything,
+// then commit, or abort to exactly what was before (rule G14).
 type permTx struct {
 	edges   []savedEdge
 	checked []*Node // whose Permitter was asked
 	grants  []grant
-	// loosen says that nobody gets more than before: a driver that refuses keeps what it has.
-	loosen bool
 }
 
 type savedEdge struct {
@@ -39,11 +36,10 @@ func (tx *permTx) set(e *Edge, perm, shared Perm) {
 }
 
 func (tx *permTx) abort() {
-	for i := len(tx.checked) - 1; i >= 0; i-- {
-		tx.checked[i].permitter.AbortPerm()
+	for _, n := range slices.Backward(tx.checked) {
+		n.permitter.AbortPerm()
 	}
-	for i := len(tx.edges) - 1; i >= 0; i-- {
-		s := tx.edges[i]
+	for _, s := range slices.Backward(tx.edges) {
 		s.edge.perm.store(s.perm)
 		s.edge.shared = s.shared
 	}
@@ -58,32 +54,13 @@ func (tx *permTx) commit() {
 	}
 }
 
-// updatePerms recomputes the permissions of all edges below start after its
-// parents changed. added, if not nil, is a new edge to start; without one an edge
-// has gone, and that is never refused. Graph.mu is held.
-func (g *Graph) updatePerms(start *Node, added *Edge) error {
-	tx := &permTx{loosen: added == nil}
-	if added != nil {
-		perm, shared := added.wanted()
-		tx.set(added, perm, shared)
-	}
-	for _, n := range topological(start) {
-		if err := tx.check(n); err != nil {
-			tx.abort()
-			return err
-		}
-	}
-	tx.commit()
-	return nil
-}
-
 // wanted is what an edge needs and shares, given what its parent's parents hold now.
 func (e *Edge) wanted() (perm, shared Perm) {
 	if e.root != nil {
 		return e.root.perm, e.root.shared
 	}
 	perm, shared = e.parent.cumulative()
-	return childPerm(e.role, !e.parent.config.ReadOnly, e.child.config.NoIO, e.child.config.ForceShare, perm, shared)
+	return childPerm(e.role, !e.parent.cfg().ReadOnly, e.Node().cfg().NoIO, e.Node().cfg().ForceShare, perm, shared)
 }
 
 // cumulative sums up what the parents hold and share.
@@ -104,22 +81,22 @@ func (tx *permTx) check(n *Node) error {
 				continue
 			}
 			if clash := b.perm.load() &^ a.shared; clash != 0 {
-				return fmt.Errorf("%w: Permission conflict on node '%s': permissions '%s' are both required by %s (uses node '%s' as '%s' child) and unshared by %s (uses node '%s' as '%s' child).",
-					ErrBusy, n.name, clash, b.user(), n.name, b.name, a.user(), n.name, a.name)
+				return refuse(ErrBusy, "Permission conflict on node '%s': permissions '%s' are both required by %s (uses node '%s' as '%s' child) and unshared by %s (uses node '%s' as '%s' child).",
+					n.name, clash, b.user(), n.name, b.name, a.user(), n.name, a.name)
 			}
 		}
 	}
 	perm, shared := n.cumulative()
-	if n.config.ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
-		return fmt.Errorf("%w: Block node '%s' is read-only", ErrReadOnly, n.name)
+	if n.cfg().ReadOnly && perm&(PermWrite|PermWriteUnchanged) != 0 {
+		return refuse(ErrReadOnly, "Block node '%s' is read-only", n.name)
 	}
 	agreed := n.permitter != nil
 	if agreed {
 		switch err := n.permitter.CheckPerm(perm, shared); {
 		case err == nil:
 			tx.checked = append(tx.checked, n)
-		case tx.loosen:
-			agreed = false
+		case perm&^n.perm == 0 && n.shared&^shared == 0:
+			agreed = false // loosening is never refused: the driver keeps what it has
 		default:
 			return err
 		}
@@ -132,20 +109,33 @@ func (tx *permTx) check(n *Node) error {
 	return nil
 }
 
-// topological lists start and the nodes below it, parents before children.
-func topological(start *Node) []*Node {
+// topological lists the nodes in start and those below them, parents before
+// children. Graph.mu is held.
+func topological(start ...*Node) []*Node {
 	order := postOrder(start, func(n *Node, visit func(*Node)) {
 		for _, e := range n.children {
-			visit(e.child)
+			visit(e.Node())
 		}
 	})
 	slices.Reverse(order)
 	return order
 }
 
-// postOrder lists start and what each leads to from there, each node once and
-// after all that it leads to.
-func postOrder(start *Node, each func(n *Node, visit func(*Node))) []*Node {
+// ancestors lists the nodes in start and those above them, upper ones first.
+// Graph.mu is held.
+func ancestors(start ...*Node) []*Node {
+	return postOrder(start, func(n *Node, visit func(*Node)) {
+		for _, e := range n.parents {
+			if e.parent != nil {
+				visit(e.parent)
+			}
+		}
+	})
+}
+
+// postOrder lists the nodes in start and what each leads to from there, each node
+// once and after all that it leads to.
+func postOrder(start []*Node, each func(n *Node, visit func(*Node))) []*Node {
 	var order []*Node
 	seen := make(map[*Node]bool)
 	var visit func(*Node)
@@ -157,6 +147,8 @@ func postOrder(start *Node, each func(n *Node, visit func(*Node))) []*Node {
 		each(n, visit)
 		order = append(order, n)
 	}
-	visit(start)
+	for _, n := range start {
+		visit(n)
+	}
 	return order
 }

@@ -57,15 +57,12 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 	if cfg.WriteThrough {
 		r.writeFlags = FUA
 	}
-	r.edge = Edge{root: r, child: cfg.Node, name: "root", role: RoleFiltered | RolePrimary}
+	r.edge.root, r.edge.name, r.edge.role = r, "root", RoleFiltered|RolePrimary
+	r.edge.child.Store(cfg.Node)
 	r.self = r.NewLane(0, nil)
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if err := g.attach(&r.edge); err != nil {
+	if err := g.change(ctx, func(t *tx) error { return t.link(&r.edge) }); err != nil {
 		return nil, err
 	}
-	cfg.Node.refs++
-	g.roots[r] = struct{}{}
 	return r, nil
 }
 
@@ -79,24 +76,21 @@ func (r *Root) Detach(ctx context.Context) error {
 	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
 		err = r.edge.Flush(ctx)
 	}
-	r.graph.mu.Lock()
-	delete(r.graph.roots, r)
-	r.graph.mu.Unlock()
 	return errors.Join(err, r.graph.detach(ctx, &r.edge))
 }
 
 // Node is the node below the root.
-func (r *Root) Node() *Node { return r.edge.child }
+func (r *Root) Node() *Node { return r.edge.Node() }
 
 // User says who the root belongs to.
 func (r *Root) User() string { return r.user }
 
 // Limits are the node's abilities and constraints.
-func (r *Root) Limits() Limits { return r.edge.child.limits }
+func (r *Root) Limits() Limits { return *r.edge.Node().lim() }
 
 // Size is the node's size rounded up to the request alignment, in bytes.
 func (r *Root) Size() int64 {
-	a := r.edge.child.limits.RequestAlignment
+	a := r.edge.Node().lim().RequestAlignment
 	return (r.edge.Size() + a - 1) &^ (a - 1)
 }
 

@@ -9,7 +9,7 @@ import "context"
 // not the padding, or [ErrRange].
 func (r *Root) inside(off, length int64) (int64, error) {
 	if !sane(off, length) || off+length > r.Size() {
-		return 0, r.edge.child.fail("request", off, length, ErrRange)
+		return 0, r.edge.Node().fail("request", off, length, ErrRange)
 	}
 	return min(length, max(0, r.edge.Size()-off)), nil
 }
@@ -35,7 +35,7 @@ func (r *Root) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 			return err
 		}
 		if !IsZero(p[n:]) {
-			return r.edge.child.fail("write", off+n, int64(len(p))-n, ErrReadOnly)
+			return r.edge.Node().fail("write", off+n, int64(len(p))-n, ErrReadOnly)
 		}
 		if n == 0 {
 			return nil

@@ -47,7 +47,7 @@ func (e *Edge) writable(off, length int64, flags ReqFlags) error {
 		need |= PermWriteUnchanged
 	}
 	if perm&need == 0 {
-		if e.child.config.ReadOnly {
+		if e.Node().cfg().ReadOnly {
 			return ErrReadOnly
 		}
 		return ErrPermission
@@ -55,7 +55,7 @@ func (e *Edge) writable(off, length int64, flags ReqFlags) error {
 	if !sane(off, length) {
 		return ErrRange
 	}
-	if perm&PermResize == 0 && off+length > e.child.inst.Size() {
+	if perm&PermResize == 0 && off+length > e.Node().inst.Size() {
 		return ErrNoSpace
 	}
 	return nil
@@ -64,7 +64,7 @@ func (e *Edge) writable(off, length int64, flags ReqFlags) error {
 // ReadAt fills p, which stays the caller's, from byte off on. The range must lie
 // inside the node ([ErrRange]). It reads everything or fails.
 func (e *Edge) ReadAt(ctx context.Context, p []byte, off int64) error {
-	n := e.child
+	n := e.Node()
 	if err := n.readable(off, int64(len(p))); err != nil {
 		return n.fail("read", off, int64(len(p)), err)
 	}
@@ -77,7 +77,7 @@ func (e *Edge) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // read aligns.
 func (n *Node) read(ctx context.Context, p []byte, off int64) error {
-	a := n.limits.RequestAlignment
+	a := n.lim().RequestAlignment
 	if (off|int64(len(p)))&(a-1) == 0 {
 		return n.readAligned(ctx, p, off)
 	}
@@ -110,7 +110,7 @@ func (n *Node) read(ctx context.Context, p []byte, off int64) error {
 
 // readAligned splits.
 func (n *Node) readAligned(ctx context.Context, p []byte, off int64) error {
-	for most := n.limits.MaxTransfer; most > 0 && int64(len(p)) > most; {
+	for most := n.lim().MaxTransfer; most > 0 && int64(len(p)) > most; {
 		if err := n.inst.ReadAt(ctx, p[:most], off); err != nil {
 			return err
 		}
@@ -123,7 +123,7 @@ func (n *Node) readAligned(ctx context.Context, p []byte, off int64) error {
 // [PermWrite] ([ErrPermission], [ErrReadOnly]); past the end of the node it must
 // hold [PermResize] too ([ErrNoSpace]).
 func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
-	n := e.child
+	n := e.Node()
 	length := int64(len(p))
 	if err := e.writable(off, length, flags); err != nil {
 		return n.fail("write", off, length, err)
@@ -131,9 +131,9 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 	if length == 0 {
 		return nil
 	}
-	if n.config.DetectZeroes != DetectZeroesOff && IsZero(p) {
+	if n.cfg().DetectZeroes != DetectZeroesOff && IsZero(p) {
 		zf := flags & (FUA | WriteUnchanged)
-		if n.config.DetectZeroes == DetectZeroesUnmap {
+		if n.cfg().DetectZeroes == DetectZeroesUnmap {
 			zf |= MayUnmap
 		}
 		return e.WriteZeroes(ctx, off, length, zf)
@@ -145,7 +145,7 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 // write aligns: what is not whole blocks is read, changed and written back, with
 // no other write to these blocks meanwhile.
 func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
-	a := n.limits.RequestAlignment
+	a := n.lim().RequestAlignment
 	if a == 1 {
 		return n.writeAligned(ctx, p, off, flags)
 	}
@@ -204,7 +204,7 @@ func (n *Node) growTo(ctx context.Context, end int64) error {
 func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flags ReqFlags) error {
 	b := GetBuffer(int(tail - head))
 	defer PutBuffer(b)
-	a := n.limits.RequestAlignment
+	a := n.lim().RequestAlignment
 	there := b
 	if end := (n.inst.Size() + a - 1) &^ (a - 1); tail > end {
 		// The node grows: past its end there is nothing to keep.
@@ -222,8 +222,8 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 
 // writeAligned splits, and emulates FUA where the driver lacks it.
 func (n *Node) writeAligned(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
-	native := flags & n.limits.WriteFlags
-	for most := n.limits.MaxTransfer; most > 0 && int64(len(p)) > most; {
+	native := flags & n.lim().WriteFlags
+	for most := n.lim().MaxTransfer; most > 0 && int64(len(p)) > most; {
 		if err := n.inst.WriteAt(ctx, p[:most], off, native); err != nil {
 			return err
 		}
@@ -247,14 +247,14 @@ func (n *Node) emulateFUA(ctx context.Context, flags, native ReqFlags) error {
 // [ErrNotSupported] and changes nothing instead of writing much. [MayUnmap] is
 // ignored unless the node was opened with Unmap. Errors are those of WriteAt.
 func (e *Edge) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlags) error {
-	n := e.child
+	n := e.Node()
 	if err := e.writable(off, length, flags); err != nil {
 		return n.fail("zero", off, length, err)
 	}
 	if length == 0 {
 		return nil
 	}
-	if !n.config.Unmap {
+	if !n.cfg().Unmap {
 		flags &^= MayUnmap
 	}
 	n.stats[ShardOf(ctx)%NumShards].zeroes.Add(1)
@@ -264,7 +264,7 @@ func (e *Edge) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlag
 // zero aligns: the middle of whole blocks first, so that nothing has changed if
 // that is refused.
 func (n *Node) zero(ctx context.Context, off, length int64, flags ReqFlags) error {
-	a := n.limits.RequestAlignment
+	a := n.lim().RequestAlignment
 	if a == 1 {
 		return n.zeroAligned(ctx, off, length, flags)
 	}
@@ -289,14 +289,14 @@ func (n *Node) zero(ctx context.Context, off, length int64, flags ReqFlags) erro
 
 // zeroAligned splits, falls back and emulates FUA.
 func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlags) error {
-	if n.zeroer == nil || flags&^n.limits.ZeroFlags&NoFallback != 0 {
+	if n.zeroer == nil || flags&^n.lim().ZeroFlags&NoFallback != 0 {
 		if flags&NoFallback != 0 {
 			return ErrNotSupported
 		}
 		return n.writeZeroBytes(ctx, off, length, flags)
 	}
-	native := flags & n.limits.ZeroFlags
-	most := n.limits.MaxZero
+	native := flags & n.lim().ZeroFlags
+	most := n.lim().MaxZero
 	if most <= 0 {
 		most = math.MaxInt64
 	}
@@ -327,24 +327,24 @@ func (n *Node) writeZeroBytes(ctx context.Context, off, length int64, flags ReqF
 	}
 	for length > 0 {
 		step := min(length, int64(len(zeroes)))
-		if err := n.write(ctx, zeroes[:step], off, flags&n.limits.WriteFlags&FUA); err != nil {
+		if err := n.write(ctx, zeroes[:step], off, flags&n.lim().WriteFlags&FUA); err != nil {
 			return err
 		}
 		off, length = off+step, length-step
 	}
-	return n.emulateFUA(ctx, flags, n.limits.WriteFlags)
+	return n.emulateFUA(ctx, flags, n.lim().WriteFlags)
 }
 
 // Discard tells the node that the contents of [off, off+length) are not needed any
 // more. It is a hint: nothing happens unless the node was opened with Unmap, and a
 // driver that cannot is no error. Other errors are those of WriteAt.
 func (e *Edge) Discard(ctx context.Context, off, length int64) error {
-	n := e.child
+	n := e.Node()
 	if err := e.writable(off, length, 0); err != nil {
 		return n.fail("discard", off, length, err)
 	}
 	n.stats[ShardOf(ctx)%NumShards].discards.Add(1)
-	if !n.config.Unmap || n.discarder == nil || length == 0 {
+	if !n.cfg().Unmap || n.discarder == nil || length == 0 {
 		return nil
 	}
 	return n.fail("discard", off, length, n.discard(ctx, off, length))
@@ -352,7 +352,7 @@ func (e *Edge) Discard(ctx context.Context, off, length int64) error {
 
 func (n *Node) discard(ctx context.Context, off, length int64) error {
 	end := off + length
-	if a := n.limits.RequestAlignment; a > 1 {
+	if a := n.lim().RequestAlignment; a > 1 {
 		if end == n.inst.Size() {
 			end += a - 1
 		}
@@ -363,7 +363,7 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 		w := n.beginWrite(off, end-off, false)
 		defer n.endWrite(w)
 	}
-	most := n.limits.MaxDiscard
+	most := n.lim().MaxDiscard
 	if most <= 0 {
 		most = math.MaxInt64
 	}
@@ -382,9 +382,9 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 
 // Flush makes every write that returned before the call durable.
 func (e *Edge) Flush(ctx context.Context) error {
-	n := e.child
+	n := e.Node()
 	n.stats[ShardOf(ctx)%NumShards].flushes.Add(1)
-	if n.config.ReadOnly {
+	if n.cfg().ReadOnly {
 		return nil
 	}
 	return n.fail("flush", 0, 0, n.inst.Flush(ctx))
@@ -392,7 +392,7 @@ func (e *Edge) Flush(ctx context.Context) error {
 
 // Prefetch makes the range resident in memory where the driver can. It is a hint.
 func (e *Edge) Prefetch(ctx context.Context, off, length int64) error {
-	n := e.child
+	n := e.Node()
 	if err := n.readable(off, length); err != nil {
 		return n.fail("prefetch", off, length, err)
 	}
@@ -404,7 +404,7 @@ func (e *Edge) Prefetch(ctx context.Context, off, length int64) error {
 
 // Truncate sets the size in bytes; growth reads as zero. The edge must hold [PermResize].
 func (e *Edge) Truncate(ctx context.Context, size int64) error {
-	n := e.child
+	n := e.Node()
 	switch {
 	case e.perm.load()&PermResize == 0:
 		return n.fail("truncate", size, 0, ErrPermission)
@@ -420,7 +420,7 @@ func (e *Edge) Truncate(ctx context.Context, size int64) error {
 // waiting. The range must lie inside the node and not be empty; it says
 // [LocateAsk] where not.
 func (e *Edge) Locate(shard Shard, off, length int64) Location {
-	n := e.child
+	n := e.Node()
 	if n.locator == nil || length <= 0 || n.readable(off, length) != nil {
 		return Location{Kind: LocateAsk, Length: length}
 	}
@@ -436,7 +436,7 @@ func (e *Edge) Locate(shard Shard, off, length int64) Location {
 // COW children; past the end of a shorter one there are zeroes. precise asks for
 // zero detection where it costs.
 func (e *Edge) BlockStatus(ctx context.Context, off, length int64, precise bool) (Extent, error) {
-	n := e.child
+	n := e.Node()
 	if err := n.readable(off, length); err != nil {
 		return Extent{}, n.fail("block status", off, length, err)
 	}
@@ -445,8 +445,8 @@ func (e *Edge) BlockStatus(ctx context.Context, off, length int64, precise bool)
 	}
 	n.stats[ShardOf(ctx)%NumShards].statuses.Add(1)
 	x, err := n.blockStatus(ctx, off, length, precise)
-	if err == nil && x.Flags&StatusAllocated == 0 && n.cow != nil {
-		x, err = n.cow.statusBelow(ctx, off, x.Length, precise)
+	if cow := n.Backing(); err == nil && x.Flags&StatusAllocated == 0 && cow != nil {
+		x, err = cow.statusBelow(ctx, off, x.Length, precise)
 	}
 	if err != nil {
 		return Extent{}, n.fail("block status", off, length, err)
@@ -474,7 +474,7 @@ func (n *Node) blockStatus(ctx context.Context, off, length int64, precise bool)
 	if n.status == nil {
 		return Extent{Flags: StatusData | StatusAllocated, Length: length}, nil
 	}
-	a := n.limits.RequestAlignment
+	a := n.lim().RequestAlignment
 	head := off &^ (a - 1)
 	tail := (off + length + a - 1) &^ (a - 1)
 	if size := n.inst.Size(); tail > size {

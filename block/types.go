@@ -217,3 +217,29 @@ type Waiter interface {
 	// OldestWait names the oldest system call in flight of this node and its age; ok is false for none.
 	OldestWait() (what string, age time.Duration, ok bool)
 }
+
+// A BackingChanger keeps the name of its backing file in its header.
+type BackingChanger interface {
+	// BackingFile is what the header says: a file name and the name of its format, "" for none.
+	BackingFile() (name, format string)
+	// ChangeBackingFile rewrites the header, durably. The graph stays as it is. It
+	// fails with ErrNoSpace where the name does not fit, with ErrReadOnly on a node that
+	// cannot be written, and changes nothing then. It is called with nothing in flight.
+	ChangeBackingFile(ctx context.Context, name, format string) error
+}
+
+// A ChildAdder takes any number of children of one kind (quorum).
+type ChildAdder interface {
+	// NewChild says as what another child would be taken.
+	NewChild(child *Node) (name string, role Role, err error)
+	// MayRemove returns an error that says why e must stay.
+	MayRemove(e *Edge) error
+	// ChildrenChanged is called after a child was added or removed, with nothing in flight.
+	ChildrenChanged(children []*Edge)
+}
+
+// A Named protocol node has a file name that opens it again.
+type Named interface {
+	// Filename is a plain file name.
+	Filename() string
+}

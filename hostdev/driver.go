@@ -87,6 +87,7 @@ var (
 	_ block.Permitter      = (*node)(nil)
 	_ block.Measurer       = (*node)(nil)
 	_ block.Waiter         = (*node)(nil)
+	_ block.Named          = (*node)(nil)
 	_ Refresher            = (*node)(nil)
 )
 
@@ -197,6 +198,9 @@ func openFile(path string, flags int) (int, error) {
 		}
 	}
 }
+
+// Filename implements [block.Named].
+func (n *node) Filename() string { return n.filename }
 
 // Close implements [block.Instance].
 func (n *node) Close(context.Context) error {

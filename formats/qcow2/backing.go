@@ -25,11 +25,11 @@ type chainLink struct {
 type chainKey struct{}
 
 // openBacking opens what the configuration or else the header names as backing
-// file; nil if neither does. own is the image's own file name.
-func openBacking(ctx context.Context, o *block.Opening, host Host, h *Header, own string) (*block.Edge, error) {
+// file, if either does. own is the image's own file name.
+func openBacking(ctx context.Context, o *block.Opening, host Host, h *Header, own string) error {
 	explicit := o.Config.Children["backing"] != nil
 	if h.BackingFile == "" && !explicit {
-		return nil, nil
+		return nil
 	}
 	overlay, _ := ctx.Value(chainKey{}).(*chainLink)
 	link := &chainLink{name: own, overlay: overlay}
@@ -37,7 +37,7 @@ func openBacking(ctx context.Context, o *block.Opening, host Host, h *Header, ow
 		link.depth = overlay.depth + 1
 	}
 	if link.depth+1 >= maxChain {
-		return nil, fmt.Errorf("the backing chain has more than %d images: %w", maxChain, block.ErrInvalid)
+		return fmt.Errorf("the backing chain has more than %d images: %w", maxChain, block.ErrInvalid)
 	}
 	if own != "" {
 		link.identity = host.Identity(own)
@@ -46,21 +46,20 @@ func openBacking(ctx context.Context, o *block.Opening, host Host, h *Header, ow
 	if !explicit {
 		name, err := backingName(own, h)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		opts := *o.Config.Options.(*Options)
 		if def, err = backingConfig(o, host, h, name, &opts); err != nil {
-			return nil, err
+			return err
 		}
 		if err := link.find(host.Identity(name), name); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	edge, err := o.OpenChild(context.WithValue(ctx, chainKey{}, link), "backing", block.RoleCOW, def)
-	if err != nil {
-		return nil, fmt.Errorf("Could not open backing file: %w", err)
+	if _, err := o.OpenChild(context.WithValue(ctx, chainKey{}, link), "backing", block.RoleCOW, def); err != nil {
+		return fmt.Errorf("Could not open backing file: %w", err)
 	}
-	return edge, nil
+	return nil
 }
 
 // find returns an error if the file is in the chain already.

@@ -56,6 +56,7 @@ func Driver(host Host) *block.Driver {
 	return &block.Driver{
 		Name:       "qcow2",
 		Kind:       block.Format,
+		Backing:    true,
 		NewOptions: func() any { return new(Options) },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			return open(ctx, o, host)
@@ -89,11 +90,10 @@ func open(ctx context.Context, o *block.Opening, host Host) (_ block.Instance, e
 			return nil, err
 		}
 	}
-	backing, err := openBacking(ctx, o, host, h, name)
-	if err != nil {
+	if err := openBacking(ctx, o, host, h, name); err != nil {
 		return nil, err
 	}
-	im, err := makeImage(ctx, o.Node(), file, backing, h, opts, writable)
+	im, err := makeImage(ctx, o.Node(), file, h, opts, writable)
 	if err != nil {
 		return nil, err
 	}
@@ -144,9 +144,9 @@ type noFlush struct{ *block.Edge }
 
 func (noFlush) Flush(context.Context) error { return nil }
 
-func makeImage(ctx context.Context, node *block.Node, file, backing *block.Edge, h *Header, opts *Options, writable bool) (_ *image, err error) {
+func makeImage(ctx context.Context, node *block.Node, file *block.Edge, h *Header, opts *Options, writable bool) (_ *image, err error) {
 	im := &image{
-		node: node, log: node.Graph().Log(), file: file, backing: backing,
+		node: node, log: node.Graph().Log(), file: file,
 		writable: writable, header: h, size: h.Size, broken: opts.broken,
 		clusterBits: uint(h.ClusterBits), clusterSize: h.ClusterSize(),
 		l2Bits:  uint(h.ClusterBits) - 3,

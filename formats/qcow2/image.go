@@ -30,7 +30,6 @@ type image struct {
 	node        *block.Node
 	log         *slog.Logger
 	file        *block.Edge
-	backing     *block.Edge // nil: none
 	writable    bool
 	header      *Header // but for the refcount table's place, which mu guards
 	info        *Info
@@ -69,6 +68,9 @@ type image struct {
 
 	reaper reaper
 }
+
+// backing is what clusters that are not allocated are read from, nil for zeroes.
+func (im *image) backing() *block.Edge { return im.node.Backing() }
 
 func (im *image) Size() int64 { return im.size }
 

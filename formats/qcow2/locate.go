@@ -27,14 +27,14 @@ func (im *image) Locate(shard block.Shard, off, n int64) block.Location {
 	case ClusterZero, ClusterZeroAlloc:
 		return block.Location{Kind: block.LocateZero, Length: m.length}
 	case ClusterUnallocated:
-		if im.backing == nil {
+		if im.backing() == nil {
 			return block.Location{Kind: block.LocateZero, Length: m.length}
 		}
-		there := im.backing.Size() - off
+		there := im.backing().Size() - off
 		if there <= 0 {
 			return block.Location{Kind: block.LocateZero, Length: m.length}
 		}
-		l := im.backing.Locate(shard, off, min(m.length, there))
+		l := im.backing().Locate(shard, off, min(m.length, there))
 		l.Stable = false
 		return l
 	}

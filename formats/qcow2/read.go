@@ -43,18 +43,20 @@ func (im *image) readMapped(ctx context.Context, p []byte, off int64, m mapping)
 // readBacking reads from the backing file; past its end, and without one, there are zeroes.
 func (im *image) readBacking(ctx context.Context, p []byte, off int64) error {
 	there := int64(0)
-	if im.backing != nil {
-		there = min(int64(len(p)), max(0, im.backing.Size()-off))
+	if im.backing() != nil {
+		there = min(int64(len(p)), max(0, im.backing().Size()-off))
 	}
 	clear(p[there:])
 	if there == 0 {
 		return nil
 	}
-	return im.backing.ReadAt(ctx, p[:there], off)
+	return im.backing().ReadAt(ctx, p[:there], off)
 }
 
 // backingEnds tells that the backing file holds nothing from off on.
-func (im *image) backingEnds(off int64) bool { return im.backing == nil || off >= im.backing.Size() }
+func (im *image) backingEnds(off int64) bool {
+	return im.backing() == nil || off >= im.backing().Size()
+}
 
 // Prefetch implements [block.Prefetcher].
 func (im *image) Prefetch(ctx context.Context, off, n int64) error {
@@ -77,8 +79,8 @@ func (im *image) Prefetch(ctx context.Context, off, n int64) error {
 				err = im.file.Prefetch(ctx, at, there)
 				there = 0
 			}
-		case m.kind == ClusterUnallocated && im.backing != nil:
-			from, at, there = im.backing, off, im.backing.Size()-off
+		case m.kind == ClusterUnallocated && im.backing() != nil:
+			from, at, there = im.backing(), off, im.backing().Size()-off
 		}
 		if there > 0 {
 			err = from.Prefetch(ctx, at, min(m.length, there))

@@ -67,7 +67,7 @@ func (im *image) statusFlags(kind ClusterKind) block.StatusFlags {
 	case ClusterCompressed:
 		return block.StatusData | block.StatusAllocated | block.StatusCompressed
 	case ClusterUnallocated:
-		if im.backing == nil {
+		if im.backing() == nil {
 			return block.StatusZero
 		}
 		return 0

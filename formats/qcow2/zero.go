@@ -14,7 +14,7 @@ var zeroBytes = make([]byte, 64<<10)
 // Discard implements [block.Discarder] (rule R9). Whole clusters read as zero
 // afterwards; parts of clusters are left alone.
 func (im *image) Discard(ctx context.Context, off, n int64) error {
-	if im.header.Version < 3 && im.backing != nil {
+	if im.header.Version < 3 && im.backing() != nil {
 		return block.ErrNotSupported
 	}
 	first := (off + im.clusterSize - 1) >> im.clusterBits
@@ -32,7 +32,7 @@ func (im *image) wholeUntil(end int64) int64 {
 // WriteZeroes implements [block.Zeroer] (rule R10). Version 2 can only deallocate
 // whole clusters, and that only without a backing file.
 func (im *image) WriteZeroes(ctx context.Context, off, n int64, flags block.ReqFlags) error {
-	if im.header.Version < 3 && (im.backing != nil || flags&block.MayUnmap == 0) {
+	if im.header.Version < 3 && (im.backing() != nil || flags&block.MayUnmap == 0) {
 		return block.ErrNotSupported
 	}
 	first, last := (off+im.clusterSize-1)>>im.clusterBits, im.wholeUntil(off+n)

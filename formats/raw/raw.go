@@ -46,7 +46,6 @@ type node struct {
 	offset int64
 	size   int64                    // 0: up to the end of the file
 	probe  func(head []byte) string // nil: the first sector may become anything
-	limits block.Limits
 }
 
 var (
@@ -87,12 +86,12 @@ func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*no
 	if o.Config.Probed {
 		n.probe = probe
 	}
-	n.limits = n.limitsOf(file.Limits())
 	return n, nil
 }
 
-// limitsOf are the child's, as seen through the window.
-func (n *node) limitsOf(l block.Limits) block.Limits {
+// Limits implements [block.Instance]. They are the child's, as seen through the window.
+func (n *node) Limits() block.Limits {
+	l := n.file.Limits()
 	// The child's seam takes what flags and alignments there are, and pads.
 	l.WriteFlags = block.FUA
 	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback
@@ -120,9 +119,6 @@ func (n *node) Size() int64 {
 	return max(0, n.file.Size()-n.offset)
 }
 
-// Limits implements [block.Instance].
-func (n *node) Limits() block.Limits { return n.limits }
-
 // Flush implements [block.Instance].
 func (n *node) Flush(ctx context.Context) error { return n.file.Flush(ctx) }
 
@@ -140,7 +136,7 @@ func (n *node) room(off, length int64) (int64, error) {
 	if inside == length {
 		return length, nil
 	}
-	a := n.limits.RequestAlignment
+	a := n.Limits().RequestAlignment
 	if off+length <= (n.Size()+a-1)&^(a-1) {
 		return inside, nil
 	}
