@@ -46,6 +46,12 @@ type Driver struct {
 	// ProbeName scores a file name, 0 (not mine) to 100; protocols only. It goes before
 	// a protocol that the name states (rule G7). nil: never.
 	ProbeName func(name string) int
+	// SameFile tells whether two names are of one file, as far as it can tell; protocols
+	// only. nil: it never can.
+	SameFile func(a, b string) bool
+	// Creator makes new images, and Sizer estimates their size; nil: not supported.
+	Creator Creator
+	Sizer   Sizer
 }
 
 // CacheMode says how a node's data relates to the host's page cache.

@@ -217,6 +217,35 @@ type Informer interface {
 	ImageInfo() ImageInfo
 }
 
+// A ZeroIniter knows whether its data reads as zero if it is as it was created.
+type ZeroIniter interface {
+	HasZeroInit() bool
+}
+
+// An Allocator knows how much space its data takes.
+type Allocator interface {
+	// AllocatedSize is in bytes.
+	AllocatedSize() (int64, error)
+}
+
+// A Checker can look for errors in the metadata of its image.
+type Checker interface {
+	// Check calls report, if not nil, with a line for each finding. Nothing is in flight.
+	// With fix it repairs what that allows, and the result tells what was repaired and
+	// what is left. An error says why the check, or the repair, could not be done.
+	Check(ctx context.Context, fix CheckFix, report func(line string)) (*CheckResult, error)
+}
+
+// An Amender can change the options that its image was created with.
+type Amender interface {
+	// NewAmendOptions returns a pointer to a struct as of [Driver.NewOptions], with the
+	// options of the image as they are.
+	NewAmendOptions() any
+	// Amend makes the image have the options, durably, or changes nothing; those that
+	// it cannot change it refuses by name. Nothing is in flight.
+	Amend(ctx context.Context, options any) error
+}
+
 // A Measurer publishes figures for the metrics endpoint.
 type Measurer interface {
 	// Measurements is called at a scrape, in parallel with requests.
