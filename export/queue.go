@@ -151,7 +151,7 @@ func (w *worker) run() {
 	for {
 		if c.queue.n == 0 {
 			c.mu.Unlock()
-			c.out.flush()
+			c.sendReady()
 			c.mu.Lock()
 		}
 		if c.queue.n == 0 {
@@ -173,10 +173,8 @@ func (w *worker) run() {
 		coming := c.staff.coming
 		c.mu.Unlock()
 		next.start()
-		// Nobody else would send what is ready while this request runs. It must not
-		// wait for the client: if that is needed, somebody else does it.
-		if !coming && !c.out.tryFlush() {
-			c.sendElsewhere()
+		if !coming { // nobody else would send what is ready while this request runs
+			c.sendReady()
 		}
 		w.execute()
 		c.mu.Lock()
@@ -188,6 +186,14 @@ func (w *worker) run() {
 	c.staff.strike(w)
 	c.mu.Unlock()
 	c.out.flush()
+}
+
+// sendReady sends what is ready. Workers do not wait for the client, as the next
+// request may come meanwhile: if that is needed, somebody else does it.
+func (c *conn) sendReady() {
+	if !c.out.tryFlush() {
+		c.sendElsewhere()
+	}
 }
 
 // sendElsewhere sends what is ready while the caller, a worker, does something else.

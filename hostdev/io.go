@@ -152,6 +152,9 @@ func (n *node) writeSome(p []byte, off int64, dsync bool) (int, error) {
 // write writes once. A failure of the synchronous part, after which the kernel
 // has forgotten what was lost, is told from one of writing by writing again.
 func (n *node) write(fd int, p []byte, off int64, dsync bool) (int, error) {
+	if n.nowait == nowaitPlain && len(p) <= inlineWrite {
+		return pwriteNowait(fd, p, off)
+	}
 	if !dsync || n.noDsync.Load() {
 		return pwrite(fd, p, off)
 	}
@@ -218,7 +221,7 @@ type nowaitMode uint8
 const (
 	nowaitNever nowaitMode = iota // it cannot
 	nowaitFlag                    // by RWF_NOWAIT
-	nowaitPlain                   // by any read: the data is in memory
+	nowaitPlain                   // by any read: the data is in memory, and there alone, so writes do not wait either
 )
 
 // ReadNowait implements [block.HostFile].

@@ -19,6 +19,9 @@ func retry(f func() error) error {
 // inlineRead is the longest read that keeps its processor: copying it from memory takes some 10 µs.
 const inlineRead = 64 << 10
 
+// inlineWrite is the longest write to memory that keeps its processor.
+const inlineWrite = 16 << 10
+
 // readv2 is preadv2(2) with one buffer, which is not empty. It does not allocate.
 func readv2(fd int, p []byte, off int64, flags int) (int, syscall.Errno) {
 	iov := unix.Iovec{Base: &p[0]}
@@ -34,10 +37,20 @@ func readv2(fd int, p []byte, off int64, flags int) (int, syscall.Errno) {
 
 // writev2 is pwritev2(2) with one buffer, which is not empty. It does not allocate.
 func writev2(fd int, p []byte, off int64, flags int) (int, error) {
+	return writevBy(syscall.Syscall6, fd, p, off, flags)
+}
+
+// pwriteNowait is pwrite of p, which is not empty, to where no device is waited for:
+// the scheduler is not told, which costs more than the write.
+func pwriteNowait(fd int, p []byte, off int64) (int, error) {
+	return writevBy(syscall.RawSyscall6, fd, p, off, 0)
+}
+
+func writevBy(call func(trap, a1, a2, a3, a4, a5, a6 uintptr) (r1, r2 uintptr, err syscall.Errno), fd int, p []byte, off int64, flags int) (int, error) {
 	iov := unix.Iovec{Base: &p[0]}
 	iov.SetLen(len(p))
 	for {
-		n, _, errno := syscall.Syscall6(unix.SYS_PWRITEV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1,
+		n, _, errno := call(unix.SYS_PWRITEV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1,
 			uintptr(off), uintptr(uint64(off)>>32), uintptr(flags))
 		switch errno {
 		case 0:

@@ -445,7 +445,7 @@ func (h *Header) Marshal() ([]byte, error) {
 		length = max(headerLenV3, headerLenV3Min+1+uint32(len(h.Unknown)))
 		length = (length + 7) &^ 7
 	}
-	b := make([]byte, length, 512)
+	b := make([]byte, length, max(512, length))
 	be := binary.BigEndian
 	be.PutUint32(b, Magic)
 	be.PutUint32(b[4:], h.Version)

@@ -425,3 +425,17 @@ func TestProbe(t *testing.T) {
 		}
 	}
 }
+
+func TestHeaderWithManyUnknownFieldsIsMarshalled(t *testing.T) {
+	m := newImage(t, CreateOptions{ClusterSize: 4096})
+	h := mustParse(t, m)
+	h.Unknown = bytes.Repeat([]byte{7}, 1000)
+	b, err := h.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := mustParse(t, &memTarget{data: append(b, m.data[len(b):]...)})
+	if got := again.Unknown[:len(h.Unknown)]; !bytes.Equal(got, h.Unknown) {
+		t.Errorf("unknown fields were not kept: %x", got)
+	}
+}
