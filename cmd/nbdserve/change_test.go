@@ -138,8 +138,6 @@ func (w *workshop) snapshot(ctx context.Context) {
 }
 
 // reopen gives an image other options.
-var _ = (*workshop).reopen
-
 func (w *workshop) reopen(ctx context.Context) {
 	n := w.pick(w.images())
 	cfg := *n.ExplicitConfig()
@@ -171,7 +169,7 @@ func (w *workshop) pause(ctx context.Context) {
 }
 
 func (w *workshop) change(ctx context.Context) {
-	ops := []func(context.Context){w.insert, w.insert, w.remove, w.remove, w.snapshot, w.relink, w.pause}
+	ops := []func(context.Context){w.insert, w.insert, w.remove, w.remove, w.snapshot, w.reopen, w.relink, w.pause}
 	if len(w.filters) > 6 {
 		ops = ops[2:]
 	}
