@@ -37,6 +37,8 @@ func Driver(probe func(head []byte) string) *block.Driver {
 			}
 			return n, nil
 		},
+		Creator: images{},
+		Sizer:   images{},
 	}
 }
 
@@ -56,6 +58,7 @@ var (
 	_ block.Locator        = (*node)(nil)
 	_ block.Prefetcher     = (*node)(nil)
 	_ block.Truncater      = (*node)(nil)
+	_ block.ZeroIniter     = (*node)(nil)
 )
 
 func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*node, error) {
