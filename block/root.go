@@ -106,26 +106,30 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 }
 
 // Detach waits until nothing is in flight, flushes if the root could write, and
-// takes the root away. ctx bounds the wait only, also that for the end of a drained
-// section before the flush; if it ends, the root stays and the error wraps ctx's. The
-// error of a second call wraps [ErrClosed].
+// takes the root away. ctx bounds the waits only; if it ends, the root stays and the
+// error wraps ctx's. Inside a drained section there is no flush: that is left to those
+// who stay, or to the node's end. The error of a second call wraps [ErrClosed].
 func (r *Root) Detach(ctx context.Context) error {
 	if err := r.waitIdle(ctx); err != nil {
 		return err
 	}
-	var flushed error
-	if r.perm&(PermWrite|PermWriteUnchanged) != 0 {
-		err := r.Do(ctx, func(ctx context.Context) error {
-			if r.Node().Active() { // else it was flushed then
-				flushed = r.edge.Flush(ctx)
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
+	return errors.Join(r.lastFlush(ctx), r.graph.detach(ctx, &r.edge))
+}
+
+// lastFlush is a request, so that no activity or drain begins meanwhile.
+func (r *Root) lastFlush(ctx context.Context) error {
+	if r.perm&(PermWrite|PermWriteUnchanged) == 0 {
+		return nil
 	}
-	return errors.Join(flushed, r.graph.detach(ctx, &r.edge))
+	a, ok := r.self.Begin()
+	if !ok {
+		return nil
+	}
+	defer r.self.End(a)
+	if !r.Node().Active() {
+		return nil // it was flushed then
+	}
+	return r.edge.Flush(ctx)
 }
 
 // mayUse tells why the root cannot be on top of n as far as activity goes.

@@ -114,6 +114,7 @@ func (s *Server) AddExport(ctx context.Context, cfg Config) (*Export, error) {
 	if err := s.reserve(e, cfg); err != nil {
 		return nil, err
 	}
+	rc.Busy = e.inFlight
 	if cfg.Activation == ActivationOnConnect {
 		rc.AllowInactive = e.life.allowInactive
 	}

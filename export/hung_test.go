@@ -1,6 +1,8 @@
 package export
 
 import (
+	"context"
+	"regexp"
 	"testing"
 	"time"
 
@@ -118,4 +120,28 @@ func TestAnswersAreSentWhileAllWorkersHang(t *testing.T) {
 			t.Errorf("reply to %d, error %d", res.cookie, res.errno)
 		}
 	}
+}
+
+// TestG16UnfinishedDrainNamesTheRequests: operation, length, offset and age of what
+// the disk still works on, the oldest first, and whose it is.
+func TestG16UnfinishedDrainNamesTheRequests(t *testing.T) {
+	r := newRig(t, setup{})
+	c := r.connect().attach(true)
+	r.gate.Hold(blocktest.OpRead, blocktest.OpZero)
+	c.send(requestBytes(cmdRead, 0, 1, 4096, 512))
+	must(t, r.gate.WaitHeld(soon(t), 1))
+	c.send(requestBytes(cmdWriteZeroes, 0, 2, 8192, 1024))
+	must(t, r.gate.WaitHeld(soon(t), 2))
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	err := r.graph.DrainBegin(ended, r.node)
+	want := regexp.MustCompile(`^drain of node '.*' did not finish: export '.*' still has 2 requests in flight ` +
+		`\(read of 512 bytes at offset 4096 for [0-9.]+m?s, write_zeroes of 1024 bytes at offset 8192 for [0-9.]+m?s\): context canceled$`)
+	if err == nil || !want.MatchString(err.Error()) {
+		t.Errorf("the error is %q", err)
+	}
+	if r.e.Drained() {
+		t.Error("still drained after the drain was given up")
+	}
+	r.gate.ReleaseAll()
 }

@@ -2,6 +2,7 @@ package export
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nbdserve/nbdserve/block"
@@ -59,12 +60,24 @@ func (s *Server) logSlow(logged map[iostat.Slow]bool) map[iostat.Slow]bool {
 			}
 			slow[r] = true
 			if !logged[r] {
-				s.log.Warn("slow request", "export", e.name, "op", r.Op.String(), "offset", r.Off, "age", age.Round(time.Millisecond),
+				s.log.Warn("slow request", "export", e.name, "op", r.Op.String(), "offset", r.Off, "length", r.Length, "age", age.Round(time.Millisecond),
 					"node", e.root.Node().Name(), "waits", waits(e.root.Node()))
 			}
 		}
 	}
 	return slow
+}
+
+// inFlight describes the requests that run, the oldest first, for the text of a drain
+// that does not finish in time.
+func (e *Export) inFlight() []string {
+	slow := e.stat.Slow()
+	slices.SortFunc(slow, func(a, b iostat.Slow) int { return a.Since.Compare(b.Since) })
+	var list []string
+	for _, r := range slow {
+		list = append(list, fmt.Sprintf("%s of %d bytes at offset %d for %v", r.Op, r.Length, r.Off, time.Since(r.Since).Round(time.Millisecond)))
+	}
+	return list
 }
 
 // waits says what the nodes from n down wait for.

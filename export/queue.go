@@ -69,7 +69,7 @@ type worker struct {
 // track notes that the worker runs r since began.
 func (w *worker) track(r *request, began time.Duration) {
 	if w.n < maxWorkers {
-		w.c.stat.Track(w.n, r.op(), r.off, w.c.s.wall(began))
+		w.c.stat.Track(w.n, r.op(), r.off, r.length, w.c.s.wall(began))
 	}
 }
 

@@ -56,6 +56,7 @@ const NumPlaces = 64
 type place struct {
 	start  atomic.Int64 // ns since 1970; 0: free
 	detail atomic.Uint64
+	length atomic.Int64
 }
 
 // A Conn counts for one connection. Its methods may be called in parallel and do not allocate.
@@ -93,11 +94,12 @@ func (c *Conn) FinishInline(op Op, k, n int64, d time.Duration) {
 	o.ok.Add(k)
 }
 
-// Track notes that a request of op at byte off runs since start, in ns since 1970,
-// for the age of the oldest one and for logs. Each of the places 0 to NumPlaces-1
+// Track notes that a request of op on n bytes at off runs since start, in ns since
+// 1970, for the age of the oldest one and for logs. Each of the places 0 to NumPlaces-1
 // belongs to one caller at a time and holds one request.
-func (c *Conn) Track(i int, op Op, off, start int64) {
+func (c *Conn) Track(i int, op Op, off, n, start int64) {
 	p := &c.places[i]
+	p.length.Store(n)
 	p.detail.Store(uint64(off)<<4 | uint64(op))
 	p.start.Store(start)
 }
@@ -110,10 +112,10 @@ func (c *Conn) slow(list []Slow) []Slow {
 	for i := range c.places {
 		p := &c.places[i]
 		ns := p.start.Load()
-		d := p.detail.Load()
+		d, n := p.detail.Load(), p.length.Load()
 		// The place may have been given to another request between the two.
 		if ns != 0 && p.start.Load() == ns {
-			list = append(list, Slow{Op: Op(d & 15), Off: int64(d >> 4), Since: time.Unix(0, ns)})
+			list = append(list, Slow{Op: Op(d & 15), Off: int64(d >> 4), Length: n, Since: time.Unix(0, ns)})
 		}
 	}
 	return list
@@ -121,9 +123,10 @@ func (c *Conn) slow(list []Slow) []Slow {
 
 // A Slow request is one that has been in flight for a while.
 type Slow struct {
-	Op    Op
-	Off   int64 // bytes
-	Since time.Time
+	Op     Op
+	Off    int64 // bytes
+	Length int64 // bytes
+	Since  time.Time
 }
 
 // OpFigures are the sums of one op.

@@ -52,10 +52,10 @@ func TestTrackedRequestsAreFoundAndForgotten(t *testing.T) {
 	var e Export
 	c := e.NewConn()
 	now := time.Now()
-	c.Track(0, Read, 4096, now.Add(-time.Minute).UnixNano())
-	c.Track(NumPlaces-1, BlockStatus, 1<<50, now.UnixNano())
+	c.Track(0, Read, 4096, 512, now.Add(-time.Minute).UnixNano())
+	c.Track(NumPlaces-1, BlockStatus, 1<<50, 1<<32, now.UnixNano())
 	s := e.Snapshot()
-	if len(s.Slow) != 2 || s.Slow[0].Op != Read || s.Slow[0].Off != 4096 || s.Slow[1].Op != BlockStatus || s.Slow[1].Off != 1<<50 {
+	if len(s.Slow) != 2 || s.Slow[0].Op != Read || s.Slow[0].Off != 4096 || s.Slow[0].Length != 512 || s.Slow[1].Length != 1<<32 || s.Slow[1].Op != BlockStatus || s.Slow[1].Off != 1<<50 {
 		t.Fatalf("%+v", s.Slow)
 	}
 	if d := s.Oldest(now); d != time.Minute {
@@ -79,7 +79,7 @@ func TestSnapshotNeverShowsNegativeFigures(t *testing.T) {
 		wg.Go(func() {
 			for i := range int64(2000) {
 				c.Start(Read, 1)
-				c.Track(w, Read, i<<10|int64(w), i+1)
+				c.Track(w, Read, i<<10|int64(w), i+2, i+1)
 				c.Untrack(w)
 				c.Finish(Read, true, 1, 0)
 			}
@@ -92,7 +92,7 @@ func TestSnapshotNeverShowsNegativeFigures(t *testing.T) {
 			t.Errorf("%+v", f)
 		}
 		for _, r := range s.Slow {
-			if r.Since.UnixNano() != r.Off>>10+1 {
+			if r.Since.UnixNano() != r.Off>>10+1 || r.Length != r.Off>>10+2 {
 				t.Errorf("start and offset of two requests mixed: %+v", r)
 			}
 		}
@@ -108,7 +108,7 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 	c := e.NewConn()
 	if n := testing.AllocsPerRun(100, func() {
 		c.Start(Write, 1)
-		c.Track(3, Write, 0, 1)
+		c.Track(3, Write, 0, 1, 1)
 		c.Untrack(3)
 		c.Finish(Write, true, 1, 1)
 		c.FinishInline(Read, 1, 1, 1)

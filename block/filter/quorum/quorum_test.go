@@ -181,8 +181,7 @@ func TestQuorumConforms(t *testing.T) {
 		fast     bool
 		holes    bool
 	}{
-		"Aligned":        {quorum.Options{VoteThreshold: 2}, []child{aligned(512), aligned(4096), everything}, true, true},
-		"Bare":           {quorum.Options{VoteThreshold: 2}, []child{everything, {limits: block.Limits{RequestAlignment: 1}}, aligned(512)}, false, true},
+		"Aligned":        {quorum.Options{VoteThreshold: 2}, []child{aligned(512), aligned(4096), {limits: block.Limits{RequestAlignment: 1}}}, false, true},
 		"TheFirstIsDead": {quorum.Options{VoteThreshold: 2, RewriteCorrupted: true}, []child{dead, everything, everything}, true, false},
 		"FIFODead":       {quorum.Options{VoteThreshold: 1, ReadPattern: quorum.ReadFIFO}, []child{dead, everything}, true, false},
 	} {
