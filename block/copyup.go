@@ -54,7 +54,7 @@ func (n *Node) copyGranule() int64 {
 // trackFor has the writes to a node tracked that becomes the child of e, if e may copy
 // up. The parents that move are drained. Graph.mu is held.
 func trackFor(e *Edge, to *Node) error {
-	if to.writes.tracked.Load() || e.parent == nil || e.parent.driver.Needs == nil {
+	if to.writes.complete.Load() || e.parent == nil || e.parent.driver.Needs == nil {
 		return nil
 	}
 	if needs, _ := e.parent.driver.Needs(e.parent.cfg()); needs&PermWriteUnchanged == 0 {
@@ -66,6 +66,7 @@ func trackFor(e *Edge, to *Node) error {
 		}
 	}
 	to.writes.tracked.Store(true)
+	to.writes.complete.Store(true)
 	return nil
 }
 

@@ -2,6 +2,7 @@ package block
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"sync/atomic"
 )
@@ -10,7 +11,8 @@ import (
 // than 1, or that is tracked. A write that rewrites bytes that it was not asked to,
 // because it is not aligned, and one with [Serialising] exclude all that overlap.
 type writeRanges struct {
-	tracked atomic.Bool // writes are entered whatever the alignment
+	tracked  atomic.Bool // writes are entered whatever the alignment
+	complete atomic.Bool // all in flight were entered
 
 	mu      sync.Mutex
 	active  *writeRange // list of those in flight
@@ -93,15 +95,18 @@ func (r *writeRanges) conflict(w *writeRange) *writeRange {
 }
 
 // TrackWrites makes n know of the writes in flight, which [Serialising] needs; it stays
-// so. It drains n where it does not yet. ctx bounds the wait for that.
+// so. It waits until the requests have ended that were in flight at the roots above n
+// when it did not yet; ctx bounds that.
 func (g *Graph) TrackWrites(ctx context.Context, n *Node) error {
-	if n.writes.tracked.Load() {
+	if n.writes.complete.Load() {
 		return nil
 	}
-	return g.drained(ctx, func() error {
-		n.writes.tracked.Store(true)
-		return nil
-	}, n)
+	n.writes.tracked.Store(true)
+	if err := n.Grace().Wait(ctx); err != nil {
+		return fmt.Errorf("requests to node '%s' did not end: %w", n.name, err)
+	}
+	n.writes.complete.Store(true)
+	return nil
 }
 
 // ReadSerialised is [Edge.ReadAt] while no write to these bytes is in flight, so that

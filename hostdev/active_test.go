@@ -368,8 +368,8 @@ func TestG21FileChangesItsDescriptors(t *testing.T) {
 			if err != nil || flags&unix.O_ACCMODE == unix.O_RDWR == c.readOnly || flags&unix.O_DIRECT != 0 != c.direct {
 				t.Errorf("%d: flags %#x (%v)", i, flags, err)
 			}
-			if n.noFlush != c.noFlush || d.n.Limits().RequestAlignment > 1 != c.direct {
-				t.Errorf("%d: no-flush %t, alignment %d", i, n.noFlush, d.n.Limits().RequestAlignment)
+			if d.n.Config().Cache.NoFlush != c.noFlush || d.n.Limits().RequestAlignment > 1 != c.direct {
+				t.Errorf("%d: no-flush %t, alignment %d", i, d.n.Config().Cache.NoFlush, d.n.Limits().RequestAlignment)
 			}
 			if got := lockedBytes(t, path); got != locked {
 				t.Errorf("%d: locked %s, before %s", i, got, locked)

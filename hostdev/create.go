@@ -1,9 +1,13 @@
 package hostdev
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/nbdserve/nbdserve/block"
 	"golang.org/x/sys/unix"
@@ -18,27 +22,61 @@ const (
 	PreallocFull                   // its whole size, written with zeroes
 )
 
-func (p Prealloc) String() string { return [...]string{"off", "falloc", "full"}[p] }
+var preallocNames = [...]string{"off", "falloc", "full"}
 
-// Create makes a regular file of size bytes that reads as zero, or makes an
-// existing one so: what it held is lost. A file that another process uses, as far
-// as its locks tell, is left alone and the error is a [LockError]. A device keeps
-// what it holds; it must have size bytes at least.
-//
-// If it fails, a file that was not there before is removed again.
-func Create(path string, size int64, prealloc Prealloc) (err error) {
+func (p Prealloc) String() string { return preallocNames[p] }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (p *Prealloc) UnmarshalText(text []byte) error {
+	i := slices.Index(preallocNames[:], string(text))
+	if i < 0 {
+		return fmt.Errorf("'%s' is not one of %s", text, strings.Join(preallocNames[:], ", "))
+	}
+	*p = Prealloc(i)
+	return nil
+}
+
+// CreateOptions are those of new files.
+type CreateOptions struct {
+	Preallocation Prealloc `option:"preallocation"`
+}
+
+// creator makes files: the [block.Creator] of both drivers.
+type creator struct{}
+
+// NewCreateOptions implements [block.Creator].
+func (creator) NewCreateOptions() any { return new(CreateOptions) }
+
+// Create implements [block.Creator]. A file that another process uses, as far as its
+// locks tell, is left alone and the error is a [LockError]. A device keeps what it
+// holds; it must have the size at least.
+func (creator) Create(_ context.Context, c *block.Creation) error {
+	o, ok := c.Options.(*CreateOptions)
+	if !ok {
+		return fmt.Errorf("options of a new file are %T, not %T", c.Options, o)
+	}
+	isNew, err := makeFile(c.Filename, c.Size, o.Preallocation)
+	if isNew && err == nil {
+		c.Undo = func() error { return unix.Unlink(c.Filename) }
+	}
+	return err
+}
+
+// makeFile makes a regular file of size bytes that reads as zero, or makes an existing
+// one so. If it fails, a file that was not there before is removed again.
+func makeFile(path string, size int64, prealloc Prealloc) (isNew bool, err error) {
 	if size < 0 {
-		return fmt.Errorf("size of '%s' is %d: %w", path, size, block.ErrInvalid)
+		return false, fmt.Errorf("size of '%s' is %d: %w", path, size, block.ErrInvalid)
 	}
 	const flags = unix.O_RDWR | unix.O_CLOEXEC
-	isNew := true
+	isNew = true
 	fd, err := create(path, flags|unix.O_CREAT|unix.O_EXCL)
 	if err == unix.EEXIST {
 		isNew = false
 		fd, err = create(path, flags)
 	}
 	if err != nil {
-		return fmt.Errorf("Could not create '%s': %w", path, err)
+		return isNew, fmt.Errorf("Could not create '%s': %w", path, err)
 	}
 	defer func() {
 		if err == nil {
@@ -52,22 +90,22 @@ func Create(path string, size int64, prealloc Prealloc) (err error) {
 	}()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return fmt.Errorf("Could not create '%s': %w", path, err)
+		return isNew, fmt.Errorf("Could not create '%s': %w", path, err)
 	}
 	switch kindOf(&st) {
 	case regularFile:
-		return fill(fd, path, size, prealloc)
+		return isNew, fill(fd, path, size, prealloc)
 	case blockDevice:
 		have, err := deviceSize(fd)
 		if err == nil && have < size {
 			err = fmt.Errorf("the device has %d bytes, %d are needed: %w", have, size, block.ErrNoSpace)
 		}
 		if err != nil {
-			return fmt.Errorf("Could not create '%s': %w", path, err)
+			return isNew, fmt.Errorf("Could not create '%s': %w", path, err)
 		}
-		return nil
+		return isNew, nil
 	}
-	return fmt.Errorf("Could not create '%s': it is neither a regular file nor a block device", path)
+	return isNew, fmt.Errorf("Could not create '%s': it is neither a regular file nor a block device", path)
 }
 
 func create(path string, flags int) (int, error) {
@@ -118,3 +156,14 @@ func writeFull(fd int, size int64) error {
 	}
 	return nil
 }
+
+// Identity is the same for all names of a file, as far as it can be told.
+func Identity(path string) string {
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Stat(path, &st) }); err != nil {
+		return filepath.Clean(path)
+	}
+	return fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+}
+
+func sameFile(a, b string) bool { return Identity(a) == Identity(b) }

@@ -65,6 +65,8 @@ func driver(name string, kinds ...fileKind) *block.Driver {
 			}
 			return n, nil
 		},
+		SameFile: sameFile,
+		Creator:  creator{},
 	}
 }
 
@@ -108,6 +110,8 @@ var (
 	_ block.PreActivator   = (*node)(nil)
 	_ block.Peeker         = (*node)(nil)
 	_ block.Reopener       = (*node)(nil)
+	_ block.Allocator      = (*node)(nil)
+	_ block.ZeroIniter     = (*node)(nil)
 )
 
 func open(ctx context.Context, o *block.Opening, kinds []fileKind) (*node, error) {
@@ -161,6 +165,18 @@ func openFile(path string, flags int) (int, error) {
 
 // Filename implements [block.Named].
 func (n *node) Filename() string { return n.filename }
+
+// AllocatedSize implements [block.Allocator] by what the file system says.
+func (n *node) AllocatedSize() (int64, error) {
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Stat(n.filename, &st) }); err != nil {
+		return 0, fmt.Errorf("space of '%s': %w", n.filename, err)
+	}
+	return st.Blocks * 512, nil
+}
+
+// HasZeroInit implements [block.ZeroIniter].
+func (n *node) HasZeroInit() bool { return n.kind == regularFile }
 
 // Close implements [block.Instance].
 func (n *node) Close(context.Context) error {

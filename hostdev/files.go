@@ -15,7 +15,6 @@ type files struct {
 	fd       int  // -1: the node is inactive
 	tail     int  // with direct I/O on a file: buffered, for parts of blocks; else -1
 	direct   bool // fd needs aligned requests
-	noFlush  bool
 	limits   block.Limits
 	nowait   nowaitMode
 	queue    queue // of a device
@@ -51,7 +50,7 @@ func (f *files) open(path string, cfg *block.Config, kinds []fileKind) (size int
 	if cfg.ReadOnly {
 		flags = unix.O_CLOEXEC | unix.O_RDONLY
 	}
-	f.direct, f.noFlush = cfg.Cache.Direct, cfg.Cache.NoFlush
+	f.direct = cfg.Cache.Direct
 	if f.direct {
 		f.fd, err = openFile(path, flags|unix.O_DIRECT)
 		if err == unix.EINVAL {

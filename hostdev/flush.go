@@ -76,11 +76,8 @@ func (f *flusher) do(sync func()) error {
 	return f.failed()
 }
 
-// Flush implements [block.Instance] by fdatasync. With Cache.NoFlush it does nothing.
+// Flush implements [block.Instance] by fdatasync.
 func (n *node) Flush(context.Context) error {
-	if n.noFlush {
-		return nil
-	}
 	if err := n.flush.failed(); err != nil {
 		return err
 	}

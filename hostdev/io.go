@@ -93,7 +93,7 @@ func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.Req
 	if n.kind != regularFile && end > n.size.Load() {
 		return fmt.Errorf("device '%s' ends at byte %d: %w", n.filename, n.size.Load(), block.ErrNoSpace)
 	}
-	fua := flags&block.FUA != 0 && !n.noFlush
+	fua := flags&block.FUA != 0
 	if fua {
 		if err := n.flush.failed(); err != nil {
 			return err

@@ -178,7 +178,7 @@ func TestCreate(t *testing.T) {
 		{0, PreallocFull, 0, 0},
 	} {
 		newFile(t, path, filled(1, 2<<20), 2<<20) // is emptied
-		if err := Create(path, c.size, c.prealloc); err != nil {
+		if _, err := makeFile(path, c.size, c.prealloc); err != nil {
 			t.Fatal(err)
 		}
 		size, blocks := stat(path)
@@ -199,7 +199,7 @@ func TestCreateDoesNotTouchImagesInUse(t *testing.T) {
 	}
 	unchanged := func(who string) {
 		t.Helper()
-		err := Create(path, 1<<20, PreallocOff)
+		_, err := makeFile(path, 1<<20, PreallocOff)
 		var held *LockError
 		if !errors.As(err, &held) {
 			t.Errorf("image in use by %s: %v, want a LockError", who, err)
@@ -223,20 +223,20 @@ func TestCreateThatFailsLeavesNoFile(t *testing.T) {
 	t.Cleanup(func() { command(t, "umount", "--lazy", dir) })
 	path := filepath.Join(dir, "disk")
 	for _, p := range []Prealloc{PreallocFalloc, PreallocFull} {
-		if err := Create(path, 1<<20, p); !errors.Is(err, syscall.ENOSPC) {
+		if _, err := makeFile(path, 1<<20, p); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("preallocation %s: %v, want ENOSPC", p, err)
 		}
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
 			t.Errorf("preallocation %s: the file is still there (%v)", p, err)
 		}
 	}
-	if err := Create(filepath.Join(dir, "no", "disk"), 1, 0); !errors.Is(err, syscall.ENOENT) {
+	if _, err := makeFile(filepath.Join(dir, "no", "disk"), 1, 0); !errors.Is(err, syscall.ENOENT) {
 		t.Errorf("missing directory: %v, want ENOENT", err)
 	}
-	if err := Create(path, -1, 0); !errors.Is(err, block.ErrInvalid) {
+	if _, err := makeFile(path, -1, 0); !errors.Is(err, block.ErrInvalid) {
 		t.Errorf("negative size: %v, want ErrInvalid", err)
 	}
-	if err := Create(dir, 1, 0); err == nil {
+	if _, err := makeFile(dir, 1, 0); err == nil {
 		t.Error("a directory was made an image")
 	}
 }
@@ -245,10 +245,10 @@ func TestCreateOnDevice(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "disk")
 	newFile(t, file, filled(1, 1<<20), 1<<20)
 	dev := loopDevice(t, file, 512)
-	if err := Create(dev, 1<<20, PreallocOff); err != nil {
+	if _, err := makeFile(dev, 1<<20, PreallocOff); err != nil {
 		t.Error(err)
 	}
-	if err := Create(dev, 1<<20+1, PreallocOff); !errors.Is(err, block.ErrNoSpace) {
+	if _, err := makeFile(dev, 1<<20+1, PreallocOff); !errors.Is(err, block.ErrNoSpace) {
 		t.Errorf("got %v, want ErrNoSpace", err)
 	}
 }

@@ -13,10 +13,8 @@ func (n *node) PrepareReopen(_ context.Context, r *block.Reopening) (block.Switc
 	if !n.self.Active() {
 		return block.NoSwitch{}, nil // it opens its file by its options then
 	}
-	s := &fileSwitch{node: n, old: n.files, new: n.files}
-	s.new.noFlush = c.Cache.NoFlush
 	if c.ReadOnly == old.ReadOnly && c.Cache.Direct == old.Cache.Direct {
-		return s, nil
+		return block.NoSwitch{}, nil
 	}
 	f, _, err := openFiles(n.filename, procPath(n.fd), c, n.kinds)
 	if !c.ReadOnly && cannotWrite(err) {
@@ -27,15 +25,13 @@ func (n *node) PrepareReopen(_ context.Context, r *block.Reopening) (block.Switc
 	if err != nil {
 		return nil, err
 	}
-	s.new, s.opened = f, true
-	return s, nil
+	return &fileSwitch{node: n, old: n.files, new: f}, nil
 }
 
 // A fileSwitch changes the descriptors of a node.
 type fileSwitch struct {
 	*node
 	old, new files
-	opened   bool // new has descriptors of its own
 }
 
 // Apply implements [block.Switch].
@@ -46,9 +42,6 @@ func (s *fileSwitch) Apply(context.Context) error {
 
 // Commit implements [block.Switch].
 func (s *fileSwitch) Commit() {
-	if !s.opened {
-		return
-	}
 	s.lockMu.Lock()
 	if s.locks != nil {
 		s.locks.own = []int{s.locks.fd} // the other one is closed now
@@ -60,9 +53,7 @@ func (s *fileSwitch) Commit() {
 // Abort implements [block.Switch].
 func (s *fileSwitch) Abort() {
 	s.use(s.old)
-	if s.opened {
-		s.close(s.new)
-	}
+	s.close(s.new)
 }
 
 func (s *fileSwitch) close(f files) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -139,14 +140,18 @@ func TestEveryMistakeIsOneLineAndStatus1(t *testing.T) {
 		{[]string{"image", "create", dir + "/n"}, "Image creation needs a size parameter"},
 		{[]string{"image", "create", dir + "/n", "1Q"}, "'1Q' is not a size"},
 		{[]string{"image", "create", dir + "/n", "1M", "2M"}, "PATH and SIZE are expected"},
-		{[]string{"image", "create", "-b", disk, dir + "/n"}, "format raw has no backing files; choose --format qcow2"},
-		{[]string{"image", "create", "-f", "qcow2", "-b", disk, dir + "/n"}, "Backing file specified without backing format; state it with -F raw or -F qcow2"},
-		{[]string{"image", "create", "-f", "qcow2", "-F", "raw", dir + "/n", "1M"}, "--backing-format is given without --backing"},
+		{[]string{"image", "create", "-b", disk, dir + "/n"}, "Backing file not supported for file format 'raw'"},
+		{[]string{"image", "create", "-f", "qcow2", "-b", disk, dir + "/n"}, "Backing file specified without backing format; the detected format is raw"},
+		{[]string{"image", "create", "-f", "qcow2", "-F", "raw", dir + "/n", "1M"}, "Backing format 'raw' is given without a backing file"},
 		{[]string{"image", "create", "-f", "qcow2", "-b", "", dir + "/n", "1M"}, "Expected backing file name, got empty string"},
 		{[]string{"image", "create", "-f", "qcow2", "-b", "none", "-F", "raw", dir + "/n"}, "Could not open backing image: Could not open '" + dir + "/none'"},
-		{[]string{"image", "create", "-f", "qcow2", "-b", disk, "-F", "raw", disk}, "'" + disk + "' is part of the backing chain of the image that would replace it"},
-		{[]string{"image", "create", "-f", "qcow2", "-o", "colour=red", dir + "/n", "1M"}, "format qcow2 has no option 'colour'; it has cluster_size, compat, compression_type, refcount_bits"},
-		{[]string{"image", "create", "-f", "qcow2", "-o", "compat=2", dir + "/n", "1M"}, "-o compat=2: option compat is one of 1.1, 0.10"},
+		{[]string{"image", "create", "-f", "qcow2", "-b", disk, "-F", "raw", disk}, "Error: Trying to create an image with the same filename as the backing file"},
+		{[]string{"image", "create", "-f", "qcow2", "-b", disk, "-F", "raw", dir + "/./" + filepath.Base(disk)}, "Error: '" + dir + "/./" + filepath.Base(disk) + "' is part of the backing chain of the image that would replace it"},
+		{[]string{"image", "create", "-f", "nbdx", dir + "/n", "1M"}, "Unknown file format 'nbdx'"},
+		{[]string{"image", "create", "-o", "size=1M", dir + "/n", "1M"}, "The image size must be specified only once"},
+		{[]string{"image", "create", "-f", "qcow2", "-o", "preallocation=full", dir + "/n", "1M"}, "Parameter 'preallocation' does not accept value 'full'"},
+		{[]string{"image", "create", "-f", "qcow2", "-o", "colour=red", dir + "/n", "1M"}, "Invalid parameter 'colour'; images of format qcow2 in a file have cluster_size, compat, compression_type, lazy_refcounts, preallocation, refcount_bits"},
+		{[]string{"image", "create", "-f", "qcow2", "-o", "compat=2", dir + "/n", "1M"}, "Parameter 'compat' does not accept value '2'"},
 	} {
 		status, stdout, stderr := runArgs(c.args...)
 		if status != 1 || stdout != "" || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "nbdserve: ") {

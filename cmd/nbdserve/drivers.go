@@ -3,11 +3,7 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
-	"syscall"
 
 	"github.com/nbdserve/nbdserve/block"
 	"github.com/nbdserve/nbdserve/block/filter/blkdebug"
@@ -26,7 +22,7 @@ import (
 // and nowhere else.
 func drivers() []*block.Driver {
 	formats := []*block.Driver{
-		qcow2.Driver(qcow2.Host{Identity: identity}),
+		qcow2.Driver(qcow2.Host{Identity: hostdev.Identity}),
 	}
 	all := append(formats,
 		raw.Driver(func(head []byte) string { return block.NewGraph(nil, formats...).ProbeFormat(head) }),
@@ -70,16 +66,6 @@ func temporaryOverlay(ctx context.Context, g *block.Graph, size int64) (_ block.
 	})
 	cfg := &block.Config{Driver: "qcow2", Children: map[string]*block.Config{"file": file}}
 	return block.Overlay{Config: cfg, Storage: storage}, err
-}
-
-// identity is the same for all names of a file.
-func identity(path string) string {
-	if info, err := os.Stat(path); err == nil {
-		if st, ok := info.Sys().(*syscall.Stat_t); ok {
-			return fmt.Sprintf("%d:%d", st.Dev, st.Ino)
-		}
-	}
-	return filepath.Clean(path)
 }
 
 // withRoot opens a node, runs f on a root above it as one request, and closes the

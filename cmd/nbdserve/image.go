@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -72,19 +70,6 @@ func (l *look) file(c *cli.Context, f func(ctx context.Context, file *block.Root
 	}
 	rc := block.RootConfig{User: "image " + c.Command.Name, Perm: block.PermConsistentRead, Shared: shared}
 	return withRoot(ctx, g, cfg, rc, f)
-}
-
-// allocated is the space in bytes that a file takes on its file system.
-func allocated(path string) (int64, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return 0, err
-	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return 0, fmt.Errorf("cannot tell how much space '%s' takes", path)
-	}
-	return st.Blocks * 512, nil
 }
 
 // probe tells the format of an image by its first bytes. It disturbs nobody who uses the image.

@@ -63,7 +63,7 @@ func (l *look) info(c *cli.Context) (*imageInfo, error) {
 	info := &imageInfo{Filename: l.path}
 	err := l.file(c, func(ctx context.Context, file *block.Root) (err error) {
 		info.Format = l.format
-		if info.ActualSize, err = allocated(file.Node().ExactFilename()); err != nil {
+		if info.ActualSize, err = file.Node().AllocatedSize(); err != nil {
 			return err
 		}
 		switch l.format {

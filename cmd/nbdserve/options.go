@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -82,12 +81,9 @@ var graphFormats = []choice[func(*block.View, io.Writer) error]{
 // formatChoices are the drivers that --format may name.
 func formatChoices() []choice[string] {
 	var cs []choice[string]
-	for _, d := range drivers() {
-		if d.Kind == block.Format {
-			cs = append(cs, choice[string]{d.Name, d.Name})
-		}
+	for _, name := range block.NewGraph(nil, drivers()...).DriverNames(block.Format) {
+		cs = append(cs, choice[string]{name, name})
 	}
-	slices.SortFunc(cs, func(a, b choice[string]) int { return strings.Compare(a.name, b.name) })
 	return cs
 }
 

@@ -7,7 +7,6 @@ import (
 	"io"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -60,14 +59,9 @@ type versionInfo struct {
 }
 
 func newVersionInfo() versionInfo {
-	v := versionInfo{Version: buildVersion(), Revision: buildRevision(), GoVersion: runtime.Version(),
-		Platform: runtime.GOOS + "/" + runtime.GOARCH, Protocols: []string{}, Formats: []string{}, Filters: []string{}, Features: features}
-	for _, d := range drivers() {
-		list := map[block.DriverKind]*[]string{block.Protocol: &v.Protocols, block.Format: &v.Formats, block.Filter: &v.Filters}[d.Kind]
-		*list = append(*list, d.Name)
-		slices.Sort(*list)
-	}
-	return v
+	g := block.NewGraph(nil, drivers()...)
+	return versionInfo{Version: buildVersion(), Revision: buildRevision(), GoVersion: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+		Protocols: g.DriverNames(block.Protocol), Formats: g.DriverNames(block.Format), Filters: g.DriverNames(block.Filter), Features: features}
 }
 
 func versionCommand() *cli.Command {

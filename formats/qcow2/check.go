@@ -9,19 +9,8 @@ import (
 	"github.com/nbdserve/nbdserve/block"
 )
 
-// A CheckResult is what [Check] found, in the names of qemu-img check.
-type CheckResult struct {
-	CheckErrors        int64 `json:"check-errors"` // what could not be read
-	ImageEndOffset     int64 `json:"image-end-offset"`
-	Corruptions        int64 `json:"corruptions,omitempty"`
-	Leaks              int64 `json:"leaks,omitempty"` // clusters whose refcount is too high
-	CorruptionsFixed   int64 `json:"corruptions-fixed,omitempty"`
-	LeaksFixed         int64 `json:"leaks-fixed,omitempty"`
-	TotalClusters      int64 `json:"total-clusters,omitempty"` // of the virtual disk
-	AllocatedClusters  int64 `json:"allocated-clusters,omitempty"`
-	FragmentedClusters int64 `json:"fragmented-clusters,omitempty"`
-	CompressedClusters int64 `json:"compressed-clusters,omitempty"`
-}
+// CheckResult is what [Check] found.
+type CheckResult = block.CheckResult
 
 // Check counts the references to every cluster of an image and compares them with
 // its refcounts. It writes nothing. The image must not change meanwhile. Time
@@ -41,12 +30,13 @@ func Check(ctx context.Context, r Reader, h *Header, report func(line string)) (
 // many L1 entries point to one; what is found in a table counts as often as it is
 // pointed to.
 type checker struct {
-	ctx    context.Context
-	r      Reader
-	h      *Header
-	report func(string) // or nil
-	size   int64        // of the file, bytes
-	end    int64        // of the file, clusters
+	ctx       context.Context
+	r         Reader
+	h         *Header
+	report    func(string) // or nil
+	leaksOnly bool         // are to be repaired
+	size      int64        // of the file, bytes
+	end       int64        // of the file, clusters
 
 	table  []uint64  // the refcount table; 0 for entries that are not usable
 	disk   *countMap // refcounts as stored, of clusters inside the file and one more

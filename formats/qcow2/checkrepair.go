@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/nbdserve/nbdserve/block"
 )
 
 // RepairRefcounts makes the refcounts and the COPIED flags of an image what its
@@ -23,12 +25,35 @@ func RepairRefcounts(ctx context.Context, f Target, h *Header) (*CheckResult, er
 	if err := h.Unsupported(true); err != nil {
 		return nil, err
 	}
-	c := newChecker(ctx, f, h, nil)
+	return repairRefcounts(ctx, f, h, newChecker(ctx, f, h, nil), block.FixAll)
+}
+
+// Repair is [Check], and then repairs what fix allows: what [RepairRefcounts] repairs,
+// or leaks, if there is nothing else. An image that is marked as corrupt is not any more
+// when nothing is left. Nothing else may use f meanwhile.
+func Repair(ctx context.Context, f Target, h *Header, fix block.CheckFix, report func(line string)) (*CheckResult, error) {
+	c := newChecker(ctx, f, h, report)
+	if fix == block.FixNothing {
+		err := c.run()
+		return &c.res, err
+	}
+	writable := *h
+	writable.Incompatible &^= IncompatCorrupt
+	if err := writable.Unsupported(true); err != nil {
+		return nil, err
+	}
+	return repairRefcounts(ctx, f, h, c, fix)
+}
+
+func repairRefcounts(ctx context.Context, f Target, h *Header, c *checker, fix block.CheckFix) (*CheckResult, error) {
 	if err := c.run(); err != nil {
 		return &c.res, err
 	}
 	if bad := c.res.Corruptions - c.mismatches; bad != 0 || c.res.CheckErrors != 0 {
 		return &c.res, corrupt("cannot repair the refcounts: the image has %d other corruptions and %d errors; use 'qemu-img check -r all' on a copy", bad, c.res.CheckErrors)
+	}
+	if fix == block.FixLeaks && c.res.Corruptions != 0 {
+		return &c.res, corrupt("cannot repair leaks alone: the image has %d corruptions, too", c.res.Corruptions)
 	}
 	r := newRepairer(c, f)
 	if err := r.repair(); err != nil {
@@ -86,7 +111,7 @@ func (r *repairer) repair() error {
 			return err
 		}
 	}
-	return clearDirty(r.ctx, r.f, r.h)
+	return markGood(r.ctx, r.f, r.h)
 }
 
 // touch notes that a cluster's refcount has to be written.
@@ -261,19 +286,21 @@ func (r *repairer) fixTable(buf []byte, off int64, counted func(v uint64) bool) 
 	return nil
 }
 
-// clearDirty clears the dirty bit of the image and of h, durably. All else must be durable before.
-func clearDirty(ctx context.Context, f Target, h *Header) error {
-	if !h.Dirty() {
+// markGood clears the dirty and the corrupt bit of the image and of h, durably. All
+// else must be durable before.
+func markGood(ctx context.Context, f Target, h *Header) error {
+	const bits = IncompatDirty | IncompatCorrupt
+	if h.Incompatible&bits == 0 {
 		return nil
 	}
 	var field [8]byte
-	binary.BigEndian.PutUint64(field[:], h.Incompatible&^IncompatDirty)
+	binary.BigEndian.PutUint64(field[:], h.Incompatible&^bits)
 	if err := f.WriteAt(ctx, field[:], headerOffIncompatible, 0); err != nil {
 		return fmt.Errorf("write header: %w", err)
 	}
 	if err := f.Flush(ctx); err != nil {
 		return err
 	}
-	h.Incompatible &^= IncompatDirty
+	h.Incompatible &^= bits
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"syscall"
 
 	"github.com/nbdserve/nbdserve/block"
 )
@@ -37,11 +38,15 @@ type CreateOptions struct {
 	// BackingFile is stored as it is and not opened. BackingFormat goes with it: "raw", "qcow2", ...
 	BackingFile, BackingFormat string
 	// Compression is the type of compressed clusters: CompressionZlib, or CompressionZstd (version 3).
-	Compression uint8
+	Compression   uint8
+	LazyRefcounts bool // version 3
 }
 
 // DefaultClusterSize is the cluster size of images that are created without one, in bytes.
 const DefaultClusterSize = 64 << 10
+
+// errTooLarge is for sizes that the format cannot have.
+var errTooLarge = errors.Join(block.ErrInvalid, syscall.EFBIG)
 
 // createChunk bounds the buffer that [Create] zeroes a device with.
 const createChunk = 1 << 20
@@ -51,18 +56,36 @@ const createChunk = 1 << 20
 // use f meanwhile. Errors wrap [block.ErrInvalid] for options that do not fit, or
 // are what f returned.
 func Create(ctx context.Context, f Target, opts CreateOptions) error {
-	h, err := newHeader(opts)
+	n, err := plan(opts)
 	if err != nil {
 		return err
+	}
+	return n.write(ctx, f)
+}
+
+// An emptyImage is an image that is not written yet.
+type emptyImage struct {
+	h    *Header
+	lay  layout
+	head []byte
+}
+
+// plan checks options.
+func plan(opts CreateOptions) (*emptyImage, error) {
+	h, err := newHeader(opts)
+	if err != nil {
+		return nil, err
 	}
 	lay, err := h.place()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	head, err := h.Marshal()
-	if err != nil {
-		return err
-	}
+	return &emptyImage{h, lay, head}, err
+}
+
+func (n *emptyImage) write(ctx context.Context, f Target) error {
+	h, lay := n.h, n.lay
 	if err := clearFile(ctx, f, lay.total<<h.ClusterBits); err != nil {
 		return fmt.Errorf("create qcow2 image: %w", err)
 	}
@@ -73,7 +96,7 @@ func Create(ctx context.Context, f Target, opts CreateOptions) error {
 	if err := f.Flush(ctx); err != nil {
 		return fmt.Errorf("create qcow2 image: flush: %w", err)
 	}
-	if err := f.WriteAt(ctx, head, 0, 0); err != nil {
+	if err := f.WriteAt(ctx, n.head, 0, 0); err != nil {
 		return fmt.Errorf("create qcow2 image: write header: %w", err)
 	}
 	if err := f.Flush(ctx); err != nil {
@@ -106,6 +129,8 @@ func newHeader(o CreateOptions) (*Header, error) {
 		return nil, invalid("unknown compression type %d", o.Compression)
 	case o.Version == 2 && o.Compression != CompressionZlib:
 		return nil, invalid("Non-zlib compression type is only supported with compatibility level 1.1 and above")
+	case o.Version == 2 && o.LazyRefcounts:
+		return nil, invalid("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)")
 	case o.Size < 0 || o.Size > 1<<62:
 		return nil, invalid("image size %d is out of range", o.Size)
 	case o.BackingFile != "" && o.BackingFormat == "":
@@ -125,6 +150,9 @@ func newHeader(o CreateOptions) (*Header, error) {
 	}
 	if o.Version >= 3 {
 		h.HeaderLength = headerLenV3
+		if o.LazyRefcounts {
+			h.Compatible |= CompatLazyRefcounts
+		}
 		h.Unknown = make([]byte, headerLenV3-headerLenV3Min-1)
 		if o.Compression != CompressionZlib {
 			h.Incompatible |= IncompatCompression
@@ -146,7 +174,7 @@ type layout struct{ table, blocks, l1, total int64 }
 func (h *Header) place() (layout, error) {
 	l1Entries := h.L1Needed(h.Size)
 	if l1Entries > MaxL1Bytes/8 {
-		return layout{}, invalid("The image size is too large (try using a larger cluster size): %d bytes with clusters of %d", h.Size, h.ClusterSize())
+		return layout{}, &formatError{fmt.Sprintf("The image size is too large (try using a larger cluster size): %d bytes with clusters of %d", h.Size, h.ClusterSize()), errTooLarge}
 	}
 	lay := layout{table: 1, blocks: 1, l1: h.Clusters(l1Entries * 8)}
 	for {

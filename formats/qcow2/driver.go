@@ -53,7 +53,9 @@ func Driver(host Host) *block.Driver {
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			return open(ctx, o, host)
 		},
-		Probe: Probe,
+		Probe:   Probe,
+		Creator: images{},
+		Sizer:   images{},
 	}
 }
 

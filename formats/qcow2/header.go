@@ -440,6 +440,23 @@ func (h *Header) Unsupported(writable bool) error {
 // The fixed fields come first and then the small extensions, feature names last,
 // so that a prefix of whole sectors is a header too, with at worst names missing.
 func (h *Header) Marshal() ([]byte, error) {
+	b := h.appendExtensions(h.marshalFixed())
+	if h.BackingFile != "" {
+		if len(h.BackingFile) > MaxBackingFileName {
+			return nil, invalid("Backing file name too long: %d bytes, at most %d", len(h.BackingFile), MaxBackingFileName)
+		}
+		binary.BigEndian.PutUint64(b[8:], uint64(len(b)))
+		binary.BigEndian.PutUint32(b[16:], uint32(len(h.BackingFile)))
+		b = append(b, h.BackingFile...)
+	}
+	if int64(len(b)) > h.ClusterSize() {
+		return nil, invalid("qcow2 header exceeds cluster size: %d bytes with extensions and backing file name, a cluster %d", len(b), h.ClusterSize())
+	}
+	return b, nil
+}
+
+// marshalFixed encodes the fields of fixed place, but for where the backing file's name is.
+func (h *Header) marshalFixed() []byte {
 	length := uint32(headerLenV2)
 	if h.Version >= 3 {
 		length = max(headerLenV3, headerLenV3Min+1+uint32(len(h.Unknown)))
@@ -467,17 +484,5 @@ func (h *Header) Marshal() ([]byte, error) {
 		b[headerLenV3Min] = h.CompressionType
 		copy(b[headerLenV3Min+1:], h.Unknown)
 	}
-	b = h.appendExtensions(b)
-	if h.BackingFile != "" {
-		if len(h.BackingFile) > MaxBackingFileName {
-			return nil, invalid("Backing file name too long: %d bytes, at most %d", len(h.BackingFile), MaxBackingFileName)
-		}
-		be.PutUint64(b[8:], uint64(len(b)))
-		be.PutUint32(b[16:], uint32(len(h.BackingFile)))
-		b = append(b, h.BackingFile...)
-	}
-	if int64(len(b)) > h.ClusterSize() {
-		return nil, invalid("qcow2 header exceeds cluster size: %d bytes with extensions and backing file name, a cluster %d", len(b), h.ClusterSize())
-	}
-	return b, nil
+	return b
 }

@@ -39,6 +39,8 @@ func Driver(probe func(head []byte) string) *block.Driver {
 			}
 			return n, nil
 		},
+		Creator: images{},
+		Sizer:   images{},
 	}
 }
 
@@ -57,6 +59,7 @@ var (
 	_ block.Locator        = (*node)(nil)
 	_ block.Prefetcher     = (*node)(nil)
 	_ block.Truncater      = (*node)(nil)
+	_ block.ZeroIniter     = (*node)(nil)
 	_ block.Reopener       = (*node)(nil)
 )
 

@@ -511,6 +511,44 @@ func TestCopyOnReadWaitsForRequestsFromBefore(t *testing.T) {
 	must(t, errors.Join(g.Release(ctx, c), r.Detach(ctx), g.Release(ctx, n)))
 }
 
+// TestG17CopyOnReadGoesOverToAnotherImage: a snapshot below it makes it copy into the overlay.
+func TestG17CopyOnReadGoesOverToAnotherImage(t *testing.T) {
+	g := newGraph(t)
+	top, err := g.Open(ctx, image("top", overlay(t, size), memory("base", base(size))))
+	must(t, err)
+	n, err := g.Open(ctx, cor(nil, &block.Config{Ref: "top"}))
+	must(t, err)
+	r, err := g.AttachRoot(ctx, block.RootConfig{User: "test", Node: n, Perm: block.PermConsistentRead, Shared: block.PermAll})
+	must(t, err)
+	held := func(name string) bool {
+		t.Helper()
+		x, err := g.Lookup(name).Instance().(block.StatusReporter).BlockStatus(ctx, 0, 512, true)
+		must(t, err)
+		return x.Flags&block.StatusAllocated != 0
+	}
+	read := func(ctx context.Context) error { return r.ReadAt(ctx, make([]byte, 512), 0) }
+
+	// One that somebody else writes to, unknown to it, is no place to copy to.
+	other, err := g.Open(ctx, image("other", overlay(t, size), memory("", base(size))))
+	must(t, err)
+	writer, err := g.AttachRoot(ctx, block.RootConfig{User: "a writer", Node: other, Perm: block.PermWrite, Shared: block.PermAll})
+	must(t, err)
+	err = g.Replace(ctx, top, other)
+	if want := "Node 'other' is being written by a writer, so node 'cor' cannot begin to copy into it"; !errors.Is(err, block.ErrBusy) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	must(t, errors.Join(writer.Detach(ctx), g.Release(ctx, other)))
+
+	over, err := g.Open(ctx, image("over", overlay(t, size), nil))
+	must(t, err)
+	must(t, g.AppendOverlay(ctx, over, top))
+	must(t, r.Do(ctx, read))
+	if !held("over") || held("top") {
+		t.Errorf("copied into over: %v, into top: %v", held("over"), held("top"))
+	}
+	must(t, errors.Join(r.Detach(ctx), g.Release(ctx, n), g.Release(ctx, over), g.Release(ctx, top)))
+}
+
 // TestCopyOnReadInserted is put under a load, and taken away again.
 func TestCopyOnReadInsertedUnderLoad(t *testing.T) {
 	g := newGraph(t)
