@@ -14,12 +14,14 @@ const cowBlock = 512
 // cowOptions configure a node of the driver "cow": a format in memory with a
 // backing child. Blocks that it holds are in data, in whole blocks of cowBlock bytes.
 type cowOptions struct {
-	size   int64
-	file   string // what ExactFilename says
+	size int64
+	file string // what ExactFilename says
+	mu   sync.RWMutex
+	data map[int64][]byte // by block; nil: a zero block
+
+	hmu    sync.Mutex
 	header string // backing file name
 	fail   error  // of ChangeBackingFile
-	mu     sync.Mutex
-	data   map[int64][]byte // by block; nil: a zero block
 }
 
 type cow struct {
@@ -84,8 +86,8 @@ func each(p []byte, off int64, f func(part []byte, at, in int64) error) error {
 }
 
 func (c *cow) ReadAt(ctx context.Context, p []byte, off int64) error {
-	c.o.mu.Lock()
-	defer c.o.mu.Unlock()
+	c.o.mu.RLock()
+	defer c.o.mu.RUnlock()
 	return each(p, off, func(part []byte, at, in int64) error {
 		d, ok := c.o.data[at]
 		if !ok {
@@ -122,8 +124,8 @@ func (c *cow) WriteAt(ctx context.Context, p []byte, off int64, _ block.ReqFlags
 }
 
 func (c *cow) BlockStatus(_ context.Context, off, n int64, _ bool) (block.Extent, error) {
-	c.o.mu.Lock()
-	defer c.o.mu.Unlock()
+	c.o.mu.RLock()
+	defer c.o.mu.RUnlock()
 	flags := c.flags(off)
 	length := cowBlock - off%cowBlock
 	for length < n && c.flags(off+length) == flags {
@@ -144,14 +146,14 @@ func (c *cow) flags(off int64) block.StatusFlags {
 }
 
 func (c *cow) BackingFile() (name, format string) {
-	c.o.mu.Lock()
-	defer c.o.mu.Unlock()
+	c.o.hmu.Lock()
+	defer c.o.hmu.Unlock()
 	return c.o.header, ""
 }
 
 func (c *cow) ChangeBackingFile(_ context.Context, name, _ string) error {
-	c.o.mu.Lock()
-	defer c.o.mu.Unlock()
+	c.o.hmu.Lock()
+	defer c.o.hmu.Unlock()
 	if c.o.fail != nil {
 		return c.o.fail
 	}

@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -20,98 +21,80 @@ import (
 // A node that is opened over a drained one inside the section reads from it while it
 // opens: only the owner of the section should have that done.
 func (g *Graph) DrainBegin(ctx context.Context, nodes ...*Node) error {
-	g.mu.Lock()
-	var q quiesced
-	for _, n := range nodes {
-		q.close(n)
-	}
-	g.mu.Unlock()
-	return g.finishDrain(ctx, nodes, func() { g.DrainEnd(nodes...) })
+	return g.begin(ctx, nodeList(nodes), func() []*Node { return nodes },
+		func(q *quiesced) { q.each(nodes, q.close) }, func() { g.DrainEnd(nodes...) })
 }
 
 // DrainEnd ends a section that [Graph.DrainBegin] began with the same nodes.
 // Requests that waited start in their order.
 func (g *Graph) DrainEnd(nodes ...*Node) {
-	g.mu.Lock()
-	var q quiesced
-	for _, n := range nodes {
-		q.open(n)
-	}
-	g.mu.Unlock()
-	g.settle(&q)
+	g.recount(func(q *quiesced) { q.each(nodes, q.open) })
 }
 
 // DrainParentsBegin is DrainBegin for what is above the nodes: their own drivers go on
 // with background work. It ends with [Graph.DrainParentsEnd].
 func (g *Graph) DrainParentsBegin(ctx context.Context, nodes ...*Node) error {
-	g.mu.Lock()
-	var q quiesced
-	for _, n := range nodes {
-		q.closeAbove(n)
-	}
-	g.mu.Unlock()
-	return g.finishDrain(ctx, nodes, func() { g.DrainParentsEnd(nodes...) })
+	return g.begin(ctx, "what is above "+nodeList(nodes), func() []*Node { return nodes },
+		func(q *quiesced) { q.each(nodes, q.closeAbove) }, func() { g.DrainParentsEnd(nodes...) })
 }
 
 // DrainParentsEnd ends a section that [Graph.DrainParentsBegin] began with the same nodes.
 func (g *Graph) DrainParentsEnd(nodes ...*Node) {
-	g.mu.Lock()
-	var q quiesced
-	for _, n := range nodes {
-		q.openAbove(n)
-	}
-	g.mu.Unlock()
-	g.settle(&q)
+	g.recount(func(q *quiesced) { q.each(nodes, q.openAbove) })
 }
 
 // DrainAll is DrainBegin for all nodes of the graph, also those that are opened inside
 // the section: all roots are stopped before the first is waited for. The returned
 // function ends the section.
 func (g *Graph) DrainAll(ctx context.Context) (end func(), err error) {
-	g.mu.Lock()
-	g.quiesce++
-	var q quiesced
-	var nodes []*Node
-	for _, n := range g.nodes {
-		q.close(n)
-		nodes = append(nodes, n)
+	every := func() []*Node { return slices.Collect(maps.Values(g.nodes)) }
+	end = func() {
+		g.recount(func(q *quiesced) { g.quiesce--; q.each(every(), q.open) })
 	}
-	g.mu.Unlock()
-	if err := g.finishDrain(ctx, nodes, g.drainAllEnd); err != nil {
+	err = g.begin(ctx, "all nodes", every, func(q *quiesced) { g.quiesce++; q.each(every(), q.close) }, end)
+	if err != nil {
 		return nil, err
 	}
-	return g.drainAllEnd, nil
+	return end, nil
 }
 
-func (g *Graph) drainAllEnd() {
+// begin waits until nothing is in flight above the nodes that pick lists, after shut
+// has counted the reason. On an error it calls undo. pick and shut are called with
+// Graph.mu held; what is for the text of the error.
+func (g *Graph) begin(ctx context.Context, what string, pick func() []*Node, shut func(q *quiesced), undo func()) error {
 	g.mu.Lock()
-	g.quiesce--
-	var q quiesced
-	for _, n := range g.nodes {
-		q.open(n)
+	nodes := pick()
+	g.mu.Unlock()
+	err := g.waitReady(ctx, nodes) // before clients have to
+	if err == nil {
+		var q quiesced
+		g.mu.Lock()
+		nodes = pick()
+		shut(&q)
+		above := ancestors(nodes...)
+		roots := rootsAbove(above)
+		g.mu.Unlock()
+		err = g.pause(ctx, above)
+		for _, r := range roots {
+			err = both(err, r.waitIdle(ctx)) // after the end of ctx, it tells who is busy
+		}
+		if err = both(err, g.waitReady(ctx, nodes)); err != nil {
+			undo()
+		}
 	}
+	if err != nil {
+		return fmt.Errorf("drain of %s did not finish: %w", what, err)
+	}
+	return nil
+}
+
+// recount takes reasons away, with Graph.mu held, and does what follows from that.
+func (g *Graph) recount(open func(q *quiesced)) {
+	var q quiesced
+	g.mu.Lock()
+	open(&q)
 	g.mu.Unlock()
 	g.settle(&q)
-}
-
-// finishDrain waits until the nodes, whose gates are closed, are drained. On an error
-// it calls undo.
-func (g *Graph) finishDrain(ctx context.Context, nodes []*Node, undo func()) error {
-	g.mu.Lock()
-	above := ancestors(nodes...)
-	roots := rootsAbove(above)
-	working := slices.DeleteFunc(above, func(n *Node) bool { _, ok := n.inst.(Quiescer); return !ok })
-	g.mu.Unlock()
-	err := g.pause(ctx, working)
-	for _, r := range roots {
-		err = both(err, r.waitIdle(ctx)) // after the end of ctx, it tells who is busy
-	}
-	err = both(err, g.waitReady(ctx, nodes))
-	if err == nil {
-		return nil
-	}
-	undo()
-	return fmt.Errorf("drain of %s did not finish: %w", nodeList(nodes), err)
 }
 
 func both(err, more error) error {
@@ -181,6 +164,12 @@ type quiesced struct {
 	nodes []*Node // whose drivers are to be told
 	roots []*Root // whose gate may open
 	dead  []*Node // that nobody uses, kept for the section; they are busy from now on
+}
+
+func (*quiesced) each(nodes []*Node, f func(n *Node)) {
+	for _, n := range nodes {
+		f(n)
+	}
 }
 
 // close counts one more reason for n to be drained.
@@ -278,9 +267,12 @@ func (g *Graph) settle(q *quiesced) {
 	}
 }
 
-// pause tells the drivers of the nodes, which have background work, that they are
-// drained. That may take long to pause; if ctx ends first it is left to do so.
+// pause tells the drivers of the nodes that they are drained. Background work may take
+// long to pause; if ctx ends first it is left to do so. It takes the list over.
 func (g *Graph) pause(ctx context.Context, nodes []*Node) error {
+	g.mu.Lock()
+	nodes = slices.DeleteFunc(nodes, func(n *Node) bool { _, ok := n.inst.(Quiescer); return !ok })
+	g.mu.Unlock()
 	if len(nodes) == 0 {
 		return nil
 	}

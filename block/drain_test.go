@@ -331,6 +331,15 @@ func TestG16RootLeavesDuringADrain(t *testing.T) {
 	}
 }
 
+func TestDetachTwiceIsAnError(t *testing.T) {
+	g := newGraph(t)
+	r := attach(t, opened(t, g, disk("", 4096)), "tool", rd|wr, all)
+	detach(t, r)
+	before := dump(g)
+	wantError(t, r.Detach(ctx), block.ErrClosed, "tool was detached before")
+	unchanged(t, g, before)
+}
+
 func TestG16DoWaitsWhileDrained(t *testing.T) {
 	g := newGraph(t)
 	n := opened(t, g, disk("", 4096))

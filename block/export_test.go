@@ -9,14 +9,6 @@ import (
 
 var ChildPerm = childPerm
 
-// Shared is what the parent lets others hold.
-func (e *Edge) Shared() Perm {
-	g := e.Node().graph
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return e.shared
-}
-
 // Parents lists the edges from the parents, roots too.
 func (n *Node) Parents() []*Edge {
 	n.graph.mu.Lock()

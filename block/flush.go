@@ -25,6 +25,7 @@ func (n *Node) flush(ctx context.Context) error {
 		return nil
 	}
 	if n.driver.Kind != Protocol {
+		n.debug(EventFlushToDisk)
 		return n.inst.Flush(ctx)
 	}
 	if n.cfg().Cache.NoFlush {
@@ -41,6 +42,7 @@ func (n *Node) flush(ctx context.Context) error {
 	f.mu.Lock()
 	resets := f.resets
 	f.mu.Unlock()
+	n.debug(EventFlushToDisk)
 	if err := n.inst.Flush(ctx); err != nil {
 		f.forget()
 		return err

@@ -153,6 +153,9 @@ func (g *Graph) Open(ctx context.Context, cfg *Config) (*Node, error) {
 // and e is still there, or what went wrong with closing the node.
 func (g *Graph) detach(ctx context.Context, e *Edge) error {
 	return g.change(ctx, func(t *tx) error {
+		if !slices.Contains(e.Node().parents, e) {
+			return refuse(ErrClosed, "%s was detached before", e.user())
+		}
 		t.unlink(e)
 		if r := e.root; r != nil && r.id != "" {
 			t.onCommit(func() { delete(g.ids, r.id) })

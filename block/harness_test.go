@@ -72,10 +72,15 @@ type testNode struct {
 	file *block.Edge
 }
 
-func testDriver() *block.Driver {
+func testDriver() *block.Driver { return testDriverOf("test", block.Format) }
+
+// testFilterDriver is testDriver as a filter, "testfilter".
+func testFilterDriver() *block.Driver { return testDriverOf("testfilter", block.Filter) }
+
+func testDriverOf(name string, kind block.DriverKind) *block.Driver {
 	return &block.Driver{
-		Name:       "test",
-		Kind:       block.Format,
+		Name:       name,
+		Kind:       kind,
 		NewOptions: func() any { return &nodeOptions{events: new(events)} },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			n := &testNode{name: o.NodeName, o: o.Config.Options.(*nodeOptions)}
@@ -138,7 +143,9 @@ func (n *testNode) SetPerm(perm, shared block.Perm) {
 
 func (n *testNode) AbortPerm() { n.o.events.add("abort %s", n.name) }
 
-func newGraph(t blocktest.TB) *block.Graph { return blocktest.NewGraph(t, testDriver(), cowDriver()) }
+func newGraph(t blocktest.TB) *block.Graph {
+	return blocktest.NewGraph(t, testDriver(), testFilterDriver(), cowDriver())
+}
 
 // newLoggedGraph is newGraph, with its log in w.
 func newLoggedGraph(t blocktest.TB, w io.Writer) *block.Graph {
@@ -149,6 +156,13 @@ func newLoggedGraph(t blocktest.TB, w io.Writer) *block.Graph {
 		}
 	})
 	return g
+}
+
+// filtering describes a test node that is a filter of child.
+func filtering(name string, ev *events, child *block.Config) *block.Config {
+	c := node(name, ev, filter, child)
+	c.Driver = "testfilter"
+	return c
 }
 
 // node describes a test node over kids; each kid's name is followed by its configuration.

@@ -205,6 +205,14 @@ func (e *Edge) Role() Role { return e.role }
 // Perm is what the parent holds on the child.
 func (e *Edge) Perm() Perm { return e.perm.load() }
 
+// Shared is what the parent lets the other parents hold.
+func (e *Edge) Shared() Perm {
+	g := e.Node().graph
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return e.shared
+}
+
 // Size is the length of the child in bytes, exact.
 func (e *Edge) Size() int64 { return e.Node().inst.Size() }
 

@@ -254,12 +254,17 @@ func (n *Node) headerName() (name, format string) {
 	return n.ExactFilename(), format
 }
 
-// overlays lists the nodes that have n as backing node. Graph.mu is held.
+// overlays lists the nodes that have n, filters between them aside, as backing node.
+// Graph.mu is held.
 func (n *Node) overlays() []*Node {
 	var list []*Node
 	for _, e := range n.parents {
-		if e.role&RoleCOW != 0 {
-			list = append(list, e.parent)
+		switch p := e.parent; {
+		case p == nil:
+		case e.role&RoleCOW != 0:
+			list = append(list, p)
+		case e == p.filteredEdge():
+			list = append(list, p.overlays()...)
 		}
 	}
 	return list

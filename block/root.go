@@ -107,7 +107,8 @@ func (g *Graph) AttachRoot(ctx context.Context, cfg RootConfig) (*Root, error) {
 
 // Detach waits until nothing is in flight, flushes if the root could write, and
 // takes the root away. ctx bounds the wait only, also that for the end of a drained
-// section before the flush; if it ends, the root stays and the error wraps ctx's.
+// section before the flush; if it ends, the root stays and the error wraps ctx's. The
+// error of a second call wraps [ErrClosed].
 func (r *Root) Detach(ctx context.Context) error {
 	if err := r.waitIdle(ctx); err != nil {
 		return err

@@ -141,7 +141,7 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 		flags &^= FUA
 	}
 	n.countWrite(ShardOf(ctx), length)
-	err := n.write(ctx, p, off, flags&(FUA|Serialising))
+	err := n.write(ctx, p, off, flags&(FUA|WriteUnchanged|Serialising))
 	n.changed(ctx, off, length, flags&FUA != 0 && err == nil)
 	return n.fail("write", off, length, err)
 }
@@ -222,7 +222,7 @@ func (n *Node) writeEntered(ctx context.Context, p []byte, off int64, flags ReqF
 // growth from the padding of its last block, and a truncation beside a write that
 // grows the node would cut off what that has written.
 func (n *Node) growTo(ctx context.Context, end int64) error {
-	if n.truncater == nil || end <= n.inst.Size() {
+	if n.truncater == nil || end <= n.inst.Size() || n.lim().RequestAlignment == 1 {
 		return nil
 	}
 	n.gmu.Lock()
@@ -249,11 +249,13 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 		there = b[:max(0, end-head)]
 		clear(b[len(there):])
 	}
+	n.debugModify(off > head, EventPwritevRMWHead, off+int64(len(p)) < tail, EventPwritevRMWTail)
 	if len(there) > 0 {
 		if err := n.readAligned(ctx, there, head); err != nil {
 			return err
 		}
 	}
+	n.debugModify(off > head, EventPwritevRMWAfterHead, off+int64(len(p)) < tail, EventPwritevRMWAfterTail)
 	copy(b[off-head:], p)
 	if n.detects(b) {
 		return n.zeroAligned(ctx, head, tail-head, flags|n.unmapDetected())
@@ -264,6 +266,7 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 // writeAligned splits, and emulates FUA where the driver lacks it.
 func (n *Node) writeAligned(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
 	native := flags & n.lim().WriteFlags
+	n.debug(EventPwritev)
 	for most := n.lim().MaxTransfer; most > 0 && int64(len(p)) > most; {
 		if err := n.inst.WriteAt(ctx, p[:most], off, native); err != nil {
 			return err
@@ -273,6 +276,7 @@ func (n *Node) writeAligned(ctx context.Context, p []byte, off int64, flags ReqF
 	if err := n.inst.WriteAt(ctx, p, off, native); err != nil {
 		return err
 	}
+	n.debug(EventPwritevDone)
 	return n.emulateFUA(ctx, flags, native)
 }
 
@@ -345,6 +349,7 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 		}
 		return n.writeZeroBytes(ctx, off, length, flags)
 	}
+	n.debug(EventPwritevZero)
 	native := flags & n.lim().ZeroFlags
 	most := n.lim().MaxZero
 	if most <= 0 {
@@ -382,7 +387,7 @@ func (n *Node) writeZeroBytes(ctx context.Context, off, length int64, flags ReqF
 	}
 	for length > 0 {
 		step := min(length, int64(len(zeroes)))
-		if err := write(ctx, zeroes[:step], off, flags&n.lim().WriteFlags&FUA); err != nil {
+		if err := write(ctx, zeroes[:step], off, flags&(n.lim().WriteFlags&FUA|WriteUnchanged)); err != nil {
 			return err
 		}
 		off, length = off+step, length-step
@@ -418,7 +423,7 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 			return nil
 		}
 	}
-	if a := n.lim().RequestAlignment; a > 1 || n.writes.tracked.Load() {
+	if n.lim().RequestAlignment > 1 || n.writes.tracked.Load() {
 		w := n.beginWrite(off, end-off, false)
 		defer n.endWrite(w)
 	}

@@ -65,7 +65,7 @@ func TestG16ParentsOnlyThatIsGivenUpIsUndone(t *testing.T) {
 	waitHeld(t, gate, 1)
 	short, cancel := context.WithCancel(ctx)
 	cancel()
-	wantError(t, g.DrainParentsBegin(short, n), context.Canceled, "drain of node 'slow' did not finish: export 'a' still has 1 requests in flight")
+	wantError(t, g.DrainParentsBegin(short, n), context.Canceled, "drain of what is above node 'slow' did not finish: export 'a' still has 1 requests in flight")
 	unchanged(t, g, before)
 	gate.ReleaseAll()
 	if err := <-stuck; err != nil {
@@ -153,7 +153,7 @@ func TestG16AllHoldsForWhatComesAndGoes(t *testing.T) {
 }
 
 // balancedDrains checks that each node was told the end of each drain before it was closed.
-func balancedDrains(t *testing.T, ev *events) {
+func balancedDrains(t blocktest.TB, ev *events) {
 	t.Helper()
 	drained := map[string]bool{}
 	for _, e := range ev.take() {

@@ -36,7 +36,7 @@ type fileSwitch struct {
 
 // Apply implements [block.Switch].
 func (s *fileSwitch) Apply(context.Context) error {
-	s.files = s.new
+	s.use(s.new)
 	return nil
 }
 
@@ -52,7 +52,7 @@ func (s *fileSwitch) Commit() {
 
 // Abort implements [block.Switch].
 func (s *fileSwitch) Abort() {
-	s.files = s.old
+	s.use(s.old)
 	s.close(s.new)
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/nbdserve/nbdserve/block/filter/copyonread"
 	"github.com/nbdserve/nbdserve/block/filter/delay"
 	"github.com/nbdserve/nbdserve/block/filter/null"
+	"github.com/nbdserve/nbdserve/block/filter/quorum"
 	"github.com/nbdserve/nbdserve/block/filter/throttle"
 	"github.com/nbdserve/nbdserve/formats/qcow2"
 	"github.com/nbdserve/nbdserve/formats/raw"
@@ -32,6 +33,7 @@ func drivers() []*block.Driver {
 		blkdebug.Driver(),
 		blkverify.Driver(),
 		delay.Driver(),
+		quorum.Driver(),
 	)
 	return append(all, null.Drivers()...)
 }

@@ -203,7 +203,7 @@ func TestVersionTellsWhatThereIs(t *testing.T) {
 		t.Errorf("keys: %v", keys)
 	}
 	for key, want := range map[string]string{"formats": `["qcow2","raw"]`, "protocols": `["file","host_device","null-aio","null-co"]`,
-		"filters": `["blkdebug","blkverify","copy-on-read","delay","throttle"]`} {
+		"filters": `["blkdebug","blkverify","copy-on-read","delay","quorum","throttle"]`} {
 		if got, err := json.Marshal(v[key]); err != nil || string(got) != want {
 			t.Errorf("%s: %s, %v, want %s", key, got, err, want)
 		}
