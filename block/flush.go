@@ -26,6 +26,7 @@ func (n *Node) flush(ctx context.Context) error {
 	}
 	n.debug(EventFlushToDisk)
 	if n.driver.Kind != Protocol {
+		n.debug(EventFlushToDisk)
 		return n.inst.Flush(ctx)
 	}
 	if n.cfg().Cache.NoFlush {
@@ -42,6 +43,7 @@ func (n *Node) flush(ctx context.Context) error {
 	f.mu.Lock()
 	resets := f.resets
 	f.mu.Unlock()
+	n.debug(EventFlushToDisk)
 	if err := n.inst.Flush(ctx); err != nil {
 		f.forget()
 		return err

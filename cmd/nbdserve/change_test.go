@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -144,6 +145,10 @@ func (w *workshop) reopen(ctx context.Context) {
 	cfg.DetectZeroes = block.DetectZeroes(w.r.IntN(3))
 	cfg.Unmap = cfg.Unmap || cfg.DetectZeroes == block.DetectZeroesUnmap
 	cfg.Given |= block.GivenDiscard
+	if e := n.Backing(); e != nil { // left out or null it would be taken away
+		cfg.NoBacking, cfg.Children = false, maps.Clone(cfg.Children)
+		cfg.Children["backing"] = &block.Config{Ref: e.Node().Name()}
+	}
 	w.must("reopen of "+n.Name(), w.g.Reopen(ctx, block.ReopenRequest{Node: n, Config: &cfg}))
 }
 
