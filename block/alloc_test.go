@@ -23,7 +23,7 @@ func TestRequestsAllocateNothing(t *testing.T) {
 	lane := r.NewLane(1, nil)
 	laneCtx := lane.Context(ctx)
 	p := make([]byte, 4096)
-	allocs := testing.AllocsPerRun(1000, func() {
+	request := func() {
 		a, ok := lane.Begin()
 		if !ok {
 			t.Fatal("drained")
@@ -36,9 +36,14 @@ func TestRequestsAllocateNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		lane.End(a)
-	})
-	if allocs > 0 {
+	}
+	if allocs := testing.AllocsPerRun(1000, request); allocs > 0 {
 		t.Errorf("%v allocations a request", allocs)
+	}
+	must(t, g.TrackWrites(ctx, n))
+	add(t, n, block.BitmapOptions{Name: "b"})
+	if allocs := testing.AllocsPerRun(1000, request); allocs > 0 {
+		t.Errorf("%v allocations a request where writes are tracked and there is a bitmap", allocs)
 	}
 	lane.Close()
 	if err := r.Detach(ctx); err != nil {

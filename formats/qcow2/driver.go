@@ -230,7 +230,8 @@ func (im *image) become(c contents, info *Info) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	im.contents = c
-	f := &facts{size: c.size, clusterSize: c.clusterSize, backingFile: c.header.BackingFile, backingFormat: c.header.BackingFormat, info: info}
+	f := &facts{size: c.size, clusterSize: c.clusterSize, backingFile: c.header.BackingFile, backingFormat: c.header.BackingFormat, info: info,
+		image: imageInfo(c.header), preallocated: len(c.l1.w) > 0 && c.l1.w[0].Load() != 0}
 	if c.l2 != nil {
 		f.l2Size = c.l2.size()
 	}
@@ -340,4 +341,10 @@ var _ interface {
 	block.BackingFollower
 	block.Peeker
 	block.Reopener
+	block.Informer
+	block.ZeroIniter
+	block.BackingChanger
+	block.Checker
+	block.Amender
+	block.BitmapStorer
 } = (*image)(nil)

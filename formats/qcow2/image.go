@@ -94,6 +94,8 @@ type facts struct {
 	l2Size                     int64 // of the cache
 	backingFile, backingFormat string
 	info                       *Info
+	image                      block.ImageInfo
+	preallocated               bool // it had tables when it was loaded
 }
 
 // backing is what clusters that are not allocated are read from, nil for zeroes.

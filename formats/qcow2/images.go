@@ -3,7 +3,6 @@ package qcow2
 import (
 	"context"
 	"fmt"
-	"math/bits"
 
 	"github.com/nbdserve/nbdserve/block"
 )
@@ -122,10 +121,9 @@ func (images) Measure(ctx context.Context, m *block.Measuring) (block.ImageSizes
 		return block.ImageSizes{}, err
 	}
 	cluster := n.h.ClusterSize()
-	size = (size + 511) &^ 511
+	size = roundUp(size, cluster)
 	required := int64(0)
 	if m.Source != nil {
-		size = roundUp(size, cluster)
 		if m.Backing {
 			required = size // nobody knows what the backing file will hold
 		} else if required, err = dataClusters(ctx, m.Source, cluster); err != nil {
@@ -157,14 +155,14 @@ func dataClusters(ctx context.Context, source *block.Root, cluster int64) (int64
 	return sum, nil
 }
 
-// fullSize is the size of the file of an image whose disk has size bytes, all of it data.
+// fullSize is the size of the file of an image whose disk has size bytes, whole
+// clusters, all of it data.
 func fullSize(h *Header, size int64) int64 {
 	cluster := h.ClusterSize()
-	data := roundUp(size, cluster)
-	l2 := roundUp(data/cluster, cluster/h.L2EntrySize()) * h.L2EntrySize()
+	l2 := roundUp(size/cluster, cluster/h.L2EntrySize()) * h.L2EntrySize()
 	l1 := roundUp(l2/cluster, cluster/8) * 8
 	meta := cluster + l1 + l2
-	used := (meta + data) / cluster
+	used := (meta + size) / cluster
 	var blocks, table, total int64
 	for last := int64(-1); total != last; {
 		last = total
@@ -173,11 +171,4 @@ func fullSize(h *Header, size int64) int64 {
 		total = used + blocks + table
 	}
 	return total * cluster
-}
-
-// ImageInfo implements [block.Informer].
-func (im *image) ImageInfo() block.ImageInfo {
-	h := im.header
-	shift := int(h.ClusterBits) + bits.Len64(uint64(h.L2Entries())) - 1
-	return block.ImageInfo{ClusterSize: h.ClusterSize(), VMStateOffset: h.L1Needed(h.Size) << shift, Dirty: h.Dirty()}
 }
