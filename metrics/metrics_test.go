@@ -79,7 +79,7 @@ func TestFiguresOfARequest(t *testing.T) {
 	now := time.Now()
 	c.Start(iostat.Read, 2)
 	c.Finish(iostat.Read, true, 4096, 3*time.Microsecond)
-	c.Track(0, iostat.Read, 512, now.Add(-2*time.Second).UnixNano())
+	c.Track(0, iostat.Read, 512, 4096, now.Add(-2*time.Second).UnixNano())
 	c.Start(iostat.Write, 1)
 	c.Finish(iostat.Write, false, 0, time.Hour)
 
