@@ -24,8 +24,8 @@ func (n *Node) flush(ctx context.Context) error {
 	if n.cfg().ReadOnly || n.cfg().NoIO {
 		return nil
 	}
-	n.debug(EventFlushToDisk)
 	if n.driver.Kind != Protocol {
+		n.debug(EventFlushToDisk)
 		return n.inst.Flush(ctx)
 	}
 	if n.cfg().Cache.NoFlush {
@@ -42,6 +42,7 @@ func (n *Node) flush(ctx context.Context) error {
 	f.mu.Lock()
 	resets := f.resets
 	f.mu.Unlock()
+	n.debug(EventFlushToDisk)
 	if err := n.inst.Flush(ctx); err != nil {
 		f.forget()
 		return err

@@ -423,7 +423,7 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 			return nil
 		}
 	}
-	if a := n.lim().RequestAlignment; a > 1 || n.writes.tracked.Load() {
+	if n.lim().RequestAlignment > 1 || n.writes.tracked.Load() {
 		w := n.beginWrite(off, end-off, false)
 		defer n.endWrite(w)
 	}
