@@ -148,8 +148,9 @@ type Opening struct {
 
 	graph    *Graph
 	node     *Node
-	protocol bool  // its children are not probed by default
-	file     *Node // child "file", if it was opened to probe it
+	protocol bool   // its children are not probed by default
+	file     *Node  // child "file", if it was opened to probe it
+	by       *claim // on the node, if that is open already
 }
 
 // Node is the node under construction. Its Instance is not set yet.

@@ -254,7 +254,7 @@ func (o *Opening) openChild(ctx context.Context, name string, role Role, cfg *Co
 		}
 	}
 	e := newEdge(o.node, child, name, role)
-	err = g.change(ctx, func(t *tx) error {
+	err = g.changeBy(ctx, o.by, func(t *tx) error {
 		if cfg.Ref == "" {
 			child.heir = heir{o.node, role}
 		}

@@ -2,6 +2,7 @@ package export
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -53,7 +54,8 @@ const (
 //	    └──────────────────────────────────────────── inactivating
 //	                                             no lease for the linger time
 //
-// All exports of a node share its life. One that is always active holds a lease itself.
+// All exports of a node share its life. One that is always active holds a lease itself,
+// and the tree is not inactivated before there is one that is not.
 type life struct {
 	tree tree
 	log  *slog.Logger
@@ -65,6 +67,7 @@ type life struct {
 	mu      sync.Mutex // guards what follows
 	phase   phase
 	leases  int
+	rests   bool          // without leases it is inactivated
 	waiting []chan error  // want a lease; each has room for the answer
 	due     time.Time     // without leases: when to inactivate
 	backoff time.Duration // after the last failure to do so; 0: it did not fail since there was a lease
@@ -126,6 +129,14 @@ func (l *life) acquire(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// rest lets the tree be inactive when nobody has a lease.
+func (l *life) rest() {
+	l.mu.Lock()
+	l.rests = true
+	l.mu.Unlock()
+	l.rouse()
+}
+
 // release gives a lease back. Without another one the tree is inactivated after linger.
 func (l *life) release(linger time.Duration) {
 	l.mu.Lock()
@@ -165,7 +176,7 @@ func (l *life) run() {
 		switch {
 		case l.phase == inactive && len(l.waiting) > 0:
 			l.activate()
-		case l.phase == active && l.leases == 0 && !time.Now().Before(l.due):
+		case l.idle() && !time.Now().Before(l.due):
 			l.inactivate()
 		default:
 			l.sleep()
@@ -173,10 +184,13 @@ func (l *life) run() {
 	}
 }
 
+// idle tells that the tree is active for nobody. mu is held.
+func (l *life) idle() bool { return l.phase == active && l.leases == 0 && l.rests }
+
 // sleep waits until something has changed or is due. mu is held, but not meanwhile.
 func (l *life) sleep() {
 	var due <-chan time.Time
-	if l.phase == active && l.leases == 0 {
+	if l.idle() {
 		t := time.NewTimer(time.Until(l.due))
 		defer t.Stop()
 		due = t.C
@@ -261,10 +275,13 @@ func (l *life) activity() (iostat.Activity, phase) {
 func (l *life) allowInactive() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.phase == inactivating {
+	switch {
+	case l.phase == inactivating:
 		return nil
+	case l.leases == 0:
+		return errors.New("it is kept for clients that come back")
 	}
-	return fmt.Errorf("it is active for %d clients", l.leases+len(l.waiting))
+	return fmt.Errorf("it is in use by %d clients", l.leases)
 }
 
 // A nodeLife is the life of the nodes below an export.

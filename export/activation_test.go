@@ -74,6 +74,7 @@ func inLife(t *testing.T, up bool, f func(l *lifeTest)) {
 		l := &lifeTest{t: t, tree: &fakeTree{t: t, calls: make(chan *change)}, hurry: cancel}
 		l.tree.up.Store(up)
 		l.life = newLife(ctx, l.tree, slog.New(slog.DiscardHandler))
+		l.rest()
 		defer func() {
 			l.stop()
 			l.hurry() // what nobody answers any more
@@ -167,6 +168,24 @@ func TestClientsThatConnectAtOnceShareOneActivation(t *testing.T) {
 		if a, _ := l.activity(); a.Activations != 1 || a.Inactivations != 1 || a.Active {
 			t.Errorf("%+v", a)
 		}
+	})
+}
+
+func TestTreeIsNotInactivatedBeforeAnExportLetsIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lifeTest{t: t, tree: &fakeTree{t: t, calls: make(chan *change)}}
+		l.tree.up.Store(true)
+		l.life = newLife(t.Context(), l.tree, slog.New(slog.DiscardHandler))
+		time.Sleep(time.Hour)
+		l.nothing()
+		l.connect() // an export that is always active, and could not be added
+		l.release(0)
+		l.nothing()
+		l.rest()
+		l.ends(l.next(false), nil)
+		l.is(inactive, 0, 0)
+		l.stop()
+		<-l.ended
 	})
 }
 

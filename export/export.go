@@ -143,6 +143,9 @@ func (e *Export) attach(ctx context.Context, g *block.Graph, rc block.RootConfig
 		return err
 	}
 	e.life.nodes.add(e.root)
+	if e.activation == ActivationOnConnect {
+		e.life.rest()
+	}
 	return nil
 }
 

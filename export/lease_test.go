@@ -258,8 +258,8 @@ func TestRefusalNamesTheHolder(t *testing.T) {
 	if a := r.e.Activity(); a.ActivationsFailed != 4 {
 		t.Errorf("%+v", a)
 	}
-	if n := strings.Count(log.String(), theirs); n < 4 {
-		t.Errorf("the log names the holder %d times:\n%s", n, &log)
+	if n := strings.Count(log.String(), "client refused"); n != 4 || strings.Count(log.String(), theirs) < n {
+		t.Errorf("%d refusals in the log, or without the holder:\n%s", n, &log)
 	}
 	d.setHolder("")
 	if typ := c.final(optSetMeta, metaData("disk", baseAllocation)); typ != repAck {
@@ -701,6 +701,23 @@ func TestNobodyElseInactivatesWhatClientsUse(t *testing.T) {
 	c.nc.Close()
 	r.waitServed(1)
 	refused()
+}
+
+func TestExportThatIsAlwaysActiveLeavesItsNodeAlone(t *testing.T) {
+	for range 50 { // the owner has little time to do wrong
+		d := newDisk()
+		g := blocktest.NewGraph(t, diskDriver(t, d))
+		n, err := g.Open(soon(t), diskConfig(d, false))
+		must(t, err)
+		s := NewServer(Options{})
+		_, err = s.AddExport(soon(t), Config{Name: "x", Graph: g, Node: n})
+		must(t, err)
+		must(t, s.Shutdown(soon(t)))
+		must(t, g.Release(context.Background(), n))
+		if s := d.took(); s != "" {
+			t.Fatalf("it did: %s", s)
+		}
+	}
 }
 
 // TestActiveNodeBecomesInactiveWithoutAClient: the node need not be inactive when it is exported.

@@ -427,7 +427,9 @@ func (n *negotiation) metaContext(opt uint32, data []byte) {
 	if set {
 		n.meta = nil // also when this fails
 		if r == nil {
-			r = n.hold(e)
+			if r = n.hold(e); r != nil {
+				n.refused(e, r)
+			}
 		}
 		if r != nil {
 			n.letGo()

@@ -25,6 +25,7 @@ type pair struct {
 	servers  [2]*server
 	pids     [2][]int     // of all that there were
 	holder   atomic.Int32 // 1 + the server whose clients we are, as far as we know; 0: of none
+	killed   atomic.Bool  // a server was killed, and may not have let go yet
 	refusals atomic.Int64
 }
 
@@ -74,13 +75,16 @@ func (p *pair) try(i int) (*nbdConn, error) {
 			err = errors.Join(errors.New("two servers have the image"), c.Close())
 			return nil, err
 		}
+		p.killed.Store(false)
 		return c, nil
 	}
 	var refused *optionError
 	if !errors.As(err, &refused) {
 		return nil, err
 	}
-	if refused.code != errPolicy || !p.names(refused.text, 1-i) {
+	// Of a process that is being killed the system shows no more than its locks.
+	ending := p.killed.Load() && strings.Contains(refused.text, "about to end")
+	if refused.code != errPolicy || !p.names(refused.text, 1-i) && !ending {
 		return nil, fmt.Errorf("the refusal does not name the holder: %w", err)
 	}
 	p.refusals.Add(1)
@@ -141,6 +145,7 @@ func (p *pair) move(l *ledger, n int, keeps bool, endings ...ending) {
 					c.Close()
 				}
 			case endKill:
+				p.killed.Store(true)
 				s.kill()
 			}
 		})

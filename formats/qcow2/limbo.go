@@ -97,6 +97,12 @@ func (im *image) nextBatch() []extent {
 	return im.limbo.ready[0]
 }
 
+// isNext tells whether batch is still the oldest.
+func (im *image) isNext(batch []extent) bool {
+	next := im.nextBatch()
+	return next != nil && &next[0] == &batch[0]
+}
+
 // reclaim lowers the refcounts of the oldest batch, whose grace has passed.
 // Clusters that are free then are discarded first, in runs as long as they come,
 // and cannot be allocated before the discard is done. If it fails the rest leaks.
@@ -220,10 +226,17 @@ func (im *image) wakeReaper() {
 	}
 }
 
+// startReaper starts the background work of a writable image.
 func (im *image) startReaper() {
+	if !im.writable {
+		return
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	r := &im.reaper
 	r.stop = stop
+	r.pauseMu.Lock()
+	r.stopped = false
+	r.pauseMu.Unlock()
 	r.done = make(chan struct{})
 	go im.reap(ctx)
 }
@@ -240,6 +253,7 @@ func (im *image) stopReaper() {
 	r.changed.Broadcast()
 	r.pauseMu.Unlock()
 	<-r.done
+	r.stop = nil
 }
 
 // DrainBegin implements [block.Quiescer].
@@ -301,6 +315,9 @@ func (im *image) reap(ctx context.Context) {
 				return
 			}
 			im.reaper.work(func() {
+				if !im.isNext(b) {
+					return // it was reclaimed while this was paused
+				}
 				if err := im.reclaim(context.Background(), b); err != nil {
 					im.log.Warn("qcow2: freed clusters leak", "node", im.node.Name(), "error", err)
 				}
