@@ -24,7 +24,6 @@ func (n *Node) flush(ctx context.Context) error {
 	if n.cfg().ReadOnly || n.cfg().NoIO {
 		return nil
 	}
-	n.debug(EventFlushToDisk)
 	if n.driver.Kind != Protocol {
 		n.debug(EventFlushToDisk)
 		return n.inst.Flush(ctx)

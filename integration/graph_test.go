@@ -26,6 +26,7 @@ func TestG3ServesAnyGraph(t *testing.T) {
 	other := patchyFile(t, in("other"), 32, 8*mib)
 	run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", in("top.qcow2"))
 	run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 64k", in("top.qcow2"))
+	run(t, "cp", in("top.qcow2"), in("copied.qcow2")) // copy-on-read writes to it
 	run(t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", in("top.qcow2"), in("top.raw"))
 	run(t, "qemu-img", "convert", "-O", "raw", fmt.Sprintf(`json:{"driver":"qcow2","file.filename":"%s","backing.driver":"raw","backing.file.filename":"%s"}`, in("top.qcow2"), other), in("rebased.raw"))
 	run(t, "qemu-img", "convert", "-O", "raw", fmt.Sprintf(`json:{"driver":"raw","offset":1048576,"size":3145728,"file":{"driver":"file","filename":"%s"}}`, disk), in("part.raw"))
@@ -51,9 +52,9 @@ func TestG3ServesAnyGraph(t *testing.T) {
 		"part of an image":          {in("part.raw"), []string{"--offset", "1M", "--size", "3M", qcow}},
 		"options as IMAGE":          {in("rebased.raw"), []string{fmt.Sprintf(`json:{"driver":"qcow2","file":{"filename":"%s"},"backing":{"file":{"filename":"%s"}}}`, in("top.qcow2"), other), "--read-only"}},
 		"a name with options":       {in("rebased.raw"), []string{fmt.Sprintf(`json:{"filename":"%s","backing":{"file":{"filename":"%s"}}}`, in("top.qcow2"), other), "--read-only"}},
-		"a part, locked while used": {in("part.raw"), []string{"--offset", "1M", "--size", "3M", "--activation=on-connect", qcow}},
+		"a part, locked while used": {in("part.raw"), []string{"--offset", "1M", "--size", "3M", "--activation=on-connect", "-f", "raw", disk}},
 		"a protocol and name":       {disk, []string{"file:" + disk, "-f", "raw"}},
-		"filters":                   {in("top.raw"), []string{"--throttle", "iops=100000,bps=1G", "--copy-on-read", in("top.qcow2")}},
+		"filters":                   {in("top.raw"), []string{"--throttle", "iops=100000,bps=1G", "--copy-on-read", in("copied.qcow2")}},
 		"filters as nodes":          {in("top.raw"), []string{"--blockdev", "throttle,node-name=t,iops-total=100000,file.driver=qcow2,file.file.filename=" + in("top.qcow2"), "--export", "node-name=t"}},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -106,7 +107,7 @@ func TestGraphsThatAreRefused(t *testing.T) {
 		"Invalid parameter 'iothread'":                                                   {"--export", "node-name=x,iothread=i"},
 		"Duplicate nodes with node-name='n'":                                             append(node(""), node("")[:2]...),
 		"NBD server already has export named 'n'":                                        append(node(",read-only=on"), "--export", "node-name=n"),
-		"Device name 'n' conflicts with an existing node name":                           append(node(""), "--export", "node-name=n,id=n,name=x"),
+		"Device name 'n' conflicts with an existing node name":                           append(node("")[:2:2], "--export", "node-name=n,id=n"),
 		"IMAGE and --export exclude each other":                                          append(node(""), disk),
 		"--read-only is about IMAGE; with --export, say it in --blockdev or --export":    append(node(""), "--read-only"),
 		"no IMAGE given":                                                           node("")[:2],
