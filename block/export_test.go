@@ -45,6 +45,7 @@ func (n *Node) Held() string {
 
 // Verify lists what is wrong with the graph while no change and no drain begins or ends.
 func (g *Graph) Verify() []string {
+	g.telling.Wait()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	var wrong []string

@@ -65,7 +65,7 @@ func (t *tx) replace(from, to *Node, skip bool) error {
 
 // InsertFilter opens a filter above n, between n and all its users. cfg must name n
 // as the filter's child: {"file": {Ref: n}}. The caller holds a reference to the
-// filter. On an error nothing is left open.
+// filter. On an error nothing is left open, once drained sections of n have ended.
 func (g *Graph) InsertFilter(ctx context.Context, cfg *Config, n *Node) (*Node, error) {
 	f, err := g.Open(ctx, cfg)
 	if err != nil {
