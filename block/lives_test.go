@@ -37,11 +37,12 @@ func TestG21G22UnderLoad(t *testing.T) {
 		trees = append(trees, tr)
 	}
 	stop := make(chan struct{})
-	var writers, changers sync.WaitGroup
+	var writers, begun, changers sync.WaitGroup
 	const writersEach = 2
 	last := make([][writersEach]uint64, len(trees))
 	for i, tr := range trees {
 		for w := range writersEach {
+			begun.Add(1)
 			writers.Go(func() {
 				p := make([]byte, 8)
 				for n := uint64(1); ; n++ {
@@ -53,6 +54,9 @@ func TestG21G22UnderLoad(t *testing.T) {
 					binary.LittleEndian.PutUint64(p, n)
 					err := tr.root.Do(ctx, func(ctx context.Context) error { return tr.root.WriteAt(ctx, p, int64(w)*4096, 0) })
 					if err == nil {
+						if last[i][w] == 0 {
+							begun.Done()
+						}
 						last[i][w] = n
 					} else if !errors.Is(err, syscall.EPERM) {
 						t.Errorf("write: %v", err)
@@ -62,6 +66,7 @@ func TestG21G22UnderLoad(t *testing.T) {
 			})
 		}
 		changers.Go(func() {
+			begun.Wait()
 			rng := rand.New(rand.NewPCG(7, uint64(i)))
 			for range 150 {
 				op := []blocktest.Op{blocktest.OpInactivate, blocktest.OpActivate, blocktest.OpReopen, blocktest.OpApply}[rng.IntN(4)]

@@ -43,21 +43,20 @@ func (s *steps) veto(block.Perm, block.Perm) error {
 //	reader ---------> side ┘
 //	                           other -> otherdisk
 type yard struct {
-	t             blocktest.TB
-	g             *block.Graph
-	ev            *events
-	s             *steps
-	faults        *blocktest.Faults
-	gate          *blocktest.Gate
-	export        *block.Root
-	reader        *block.Root
-	lane          *block.Lane
-	base          *blocktest.Store
-	top, side     *cowOptions
-	contents      []byte // that the export reads
-	readContents  []byte
-	nodes         map[string]*block.Node
-	releasedLater []*block.Node
+	t            blocktest.TB
+	g            *block.Graph
+	ev           *events
+	s            *steps
+	faults       *blocktest.Faults
+	gate         *blocktest.Gate
+	export       *block.Root
+	reader       *block.Root
+	lane         *block.Lane
+	base         *blocktest.Store
+	top, side    *cowOptions
+	contents     []byte // that the export reads
+	readContents []byte
+	nodes        map[string]*block.Node
 }
 
 const yardSize = 4096

@@ -30,13 +30,12 @@ func Check(ctx context.Context, r Reader, h *Header, report func(line string)) (
 // many L1 entries point to one; what is found in a table counts as often as it is
 // pointed to.
 type checker struct {
-	ctx       context.Context
-	r         Reader
-	h         *Header
-	report    func(string) // or nil
-	leaksOnly bool         // are to be repaired
-	size      int64        // of the file, bytes
-	end       int64        // of the file, clusters
+	ctx    context.Context
+	r      Reader
+	h      *Header
+	report func(string) // or nil
+	size   int64        // of the file, bytes
+	end    int64        // of the file, clusters
 
 	table  []uint64  // the refcount table; 0 for entries that are not usable
 	disk   *countMap // refcounts as stored, of clusters inside the file and one more

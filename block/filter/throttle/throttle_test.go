@@ -280,11 +280,9 @@ func TestThrottleServesMembersInTurnAndRequestsInOrder(t *testing.T) {
 		var mu sync.Mutex
 		var order []string
 		var wg sync.WaitGroup
-		var disks []*disk
 		for _, name := range []string{"a", "b", "c"} {
 			d := openDisk(t, g, &Options{Group: "g", Limits: None()})
 			defer d.close()
-			disks = append(disks, d)
 			if name == "a" {
 				d.do(read, 1)
 				d.do(read, 1) // the bucket is full
