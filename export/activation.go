@@ -203,21 +203,26 @@ func (l *life) sleep() {
 	}
 }
 
-// during runs f in a passing phase, and logs what is done then. mu is held, but not meanwhile.
-func (l *life) during(p phase, f func(context.Context) error, done string) error {
+// during runs f in a passing phase. mu is held, but not meanwhile.
+func (l *life) during(p phase, f func(context.Context) error) (took time.Duration, err error) {
 	l.phase = p
 	l.mu.Unlock()
 	defer l.mu.Lock()
 	began := time.Now()
-	err := f(l.ctx)
-	if err == nil {
-		l.log.Info(done, "took", time.Since(began).Round(time.Microsecond))
-	}
-	return err
+	err = f(l.ctx)
+	return time.Since(began), err
+}
+
+// tell logs what the figures show already. mu is held, but not meanwhile.
+func (l *life) tell(done string, took time.Duration) {
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	l.log.Info(done, "took", took.Round(time.Microsecond))
 }
 
 func (l *life) activate() {
-	if err := l.during(activating, l.tree.activate, "activated"); err != nil {
+	took, err := l.during(activating, l.tree.activate)
+	if err != nil {
 		l.phase = inactive
 		l.stat.ActivationsFailed++
 		l.answer(err)
@@ -228,13 +233,15 @@ func (l *life) activate() {
 	l.due = time.Now() // if all who waited have gone
 	l.backoff = 0
 	l.answer(nil)
+	l.tell("activated", took)
 }
 
 func (l *life) inactivate() {
-	err := l.during(inactivating, l.tree.inactivate, "inactivated")
+	took, err := l.during(inactivating, l.tree.inactivate)
 	if err == nil {
 		l.phase = inactive
 		l.stat.Inactivations++
+		l.tell("inactivated", took)
 		return
 	}
 	// The image keeps its locks: what is not stored yet must not get lost.
