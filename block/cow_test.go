@@ -24,6 +24,13 @@ type cowOptions struct {
 	fail   error  // of ChangeBackingFile
 }
 
+// failWith has ChangeBackingFile fail, or not.
+func (o *cowOptions) failWith(err error) {
+	o.hmu.Lock()
+	defer o.hmu.Unlock()
+	o.fail = err
+}
+
 type cow struct {
 	node *block.Node
 	o    *cowOptions

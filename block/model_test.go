@@ -52,6 +52,16 @@ type thing struct {
 
 func (x *thing) filter() bool { return x.store == nil && x.cow == nil }
 
+// empty tells whether x is an image that holds nothing.
+func (x *thing) empty() bool {
+	if x.cow == nil {
+		return false
+	}
+	x.cow.mu.RLock()
+	defer x.cow.mu.RUnlock()
+	return len(x.cow.data) == 0
+}
+
 // A user writes through one root and reads through another, both on the same node.
 type user struct {
 	w, r *block.Root
@@ -372,14 +382,14 @@ var quietChanges = []func(w *world){
 		}
 	},
 	func(w *world) { // DropIntermediate of what holds nothing
-		x := w.some(func(x *thing) bool { return x.cow != nil && len(x.cow.data) == 0 && x.below != nil && !w.written(x) })
+		x := w.some(func(x *thing) bool { return x.empty() && x.below != nil && !w.written(x) })
 		if x == nil {
 			return
 		}
 		var failing *cowOptions
 		if over := w.some(func(o *thing) bool { return o.cow != nil && o.below == x }); over != nil && w.rng.IntN(3) == 0 {
 			failing = over.cow
-			failing.fail = block.ErrNoSpace
+			failing.failWith(block.ErrNoSpace)
 		}
 		if w.attempt("drop intermediate", func(ctx context.Context) error {
 			return w.g.DropIntermediate(ctx, x.node, x.below.node, "/images/base", "raw")
@@ -387,7 +397,7 @@ var quietChanges = []func(w *world){
 			w.moveUsers(x, x.below)
 		}
 		if failing != nil {
-			failing.fail = nil
+			failing.failWith(nil)
 		}
 	},
 	func(w *world) { // a drained section, that may outlast other changes
