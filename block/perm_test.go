@@ -313,3 +313,14 @@ func balanced(rt *rapid.T, list []string) {
 		}
 	}
 }
+
+func TestG10AtMostOneChildOfAKind(t *testing.T) {
+	for _, role := range []block.Role{block.RoleFiltered, block.RoleCOW, block.RolePrimary | block.RoleData} {
+		g := newGraph(t)
+		two := node("n", new(events), kid{"first", role}, disk("", 4096), kid{"second", role}, disk("", 4096))
+		_, err := g.Open(ctx, two)
+		only := role &^ block.RoleData
+		wantError(t, err, block.ErrInvalid, fmt.Sprintf("Node 'n' has a %s child already, 'first': 'second' cannot be another one", only))
+		opened(t, g, node("n", new(events), kid{"first", block.RoleData}, disk("", 4096), kid{"second", block.RoleData}, disk("", 4096)))
+	}
+}

@@ -331,6 +331,11 @@ func (t *tx) mayLink(e *Edge, child *Node) error {
 	if p == child || child.reaches(p) {
 		return refuse(ErrInvalid, "Making '%s' a %s child of '%s' would create a cycle", child.name, e.name, p.name)
 	}
+	for _, o := range p.children {
+		if only := o.role & e.role & (RoleFiltered | RoleCOW | RolePrimary); o != e && only != 0 {
+			return refuse(ErrInvalid, "Node '%s' has a %s child already, '%s': '%s' cannot be another one", p.name, only, o.name, e.name)
+		}
+	}
 	if p.Active() && !child.Active() {
 		return mixed(e, child)
 	}
