@@ -61,6 +61,7 @@ var rules = []rule{
 	{folder: "internal/iostat", own: nil, only: []string{}},
 	{folder: "internal/arch", own: nil, only: []string{}},
 	{folder: "integration", own: nil},
+	{folder: "bench/nbdload", own: nil, only: []string{}},
 	{folder: "cmd/nbdserve", own: []string{"block", "block/filter/", "export", "formats/", "hostdev", "metrics", "internal/iostat"}},
 }
 
