@@ -14,8 +14,9 @@ import (
 // It answers requests with [ErrInactive], but for reads of an opened file below a
 // format that looks at its header, see [Peeker].
 //
-// The calls come with nothing in flight and the node drained, one at a time. A node
-// that is opened with [Config.Inactive] is as after Deactivate.
+// The calls come with nothing in flight and the node drained, one at a time; but Size,
+// Limits and what else tells of the node may be called in parallel. A node that is
+// opened with [Config.Inactive] is as after Deactivate.
 type Activator interface {
 	// Inactivate makes what is stored complete and durable, so that another process
 	// can take over. Parents come before children; the node and its children still
@@ -38,6 +39,19 @@ type PreActivator interface {
 	// Activate or Deactivate.
 	PreActivate(ctx context.Context) error
 }
+
+// A BackingFollower opens what its image names as backing file (rule G19).
+type BackingFollower interface {
+	Activator
+	// FollowBacking is called after Activate has returned [ErrBackingChanged], while the
+	// node is inactive and has no backing node. It opens, through o, what the image
+	// names now. On an error it has no effect.
+	FollowBacking(ctx context.Context, o *Opening) error
+}
+
+// maxFollowed bounds how often an activation begins again because the image has
+// another backing file.
+const maxFollowed = 3
 
 // A Peeker can look at what is stored while its node is inactive.
 type Peeker interface {
@@ -89,7 +103,7 @@ func (g *Graph) setActive(ctx context.Context, active bool, pick func() []*Node)
 }
 
 func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
-	for {
+	for followed := 0; ; {
 		g.mu.Lock()
 		tree := topological(pick()...)
 		busy := claimed(tree)
@@ -98,7 +112,15 @@ func (g *Graph) activate(ctx context.Context, pick func() []*Node) error {
 			c := g.claim(set)
 			c.activating = true
 			g.mu.Unlock()
-			return g.end(c, g.activateSet(ctx, c))
+			err := g.activateSet(ctx, c)
+			if again := errors.Is(err, ErrBackingChanged) && followed < maxFollowed; !again {
+				return g.end(c, err)
+			}
+			followed++
+			if err := g.end(c, g.followBacking(ctx, c)); err != nil {
+				return err
+			}
+			continue
 		}
 		g.mu.Unlock()
 		if err := busy.wait(ctx); err != nil {
@@ -160,12 +182,51 @@ func (g *Graph) wake(ctx context.Context, c *claim) error {
 	for _, n := range slices.Backward(c.nodes) {
 		if a, ok := n.inst.(Activator); ok {
 			if err := a.Activate(ctx); err != nil {
+				c.failed = n
 				return n.activationError(err)
 			}
 		}
 		n.refreshLimits()
 	}
 	return nil
+}
+
+// followBacking gives the node whose activation has failed the backing node that its
+// image names now. On an error it has the old one.
+func (g *Graph) followBacking(ctx context.Context, c *claim) error {
+	n := c.failed
+	f, ok := n.inst.(BackingFollower)
+	if !ok {
+		return n.activationError(ErrBackingChanged)
+	}
+	old, around := n.Backing(), []*Node{n}
+	if old != nil {
+		around = append(around, old.Node())
+	}
+	cfg := *n.cfg()
+	cfg.Inactive = true
+	return g.drained(ctx, func() error {
+		err := g.changeBy(ctx, c, func(t *tx) error {
+			if old == nil {
+				return nil
+			}
+			t.unlink(old)
+			return old.mayChange()
+		})
+		if err != nil {
+			return n.activationError(err)
+		}
+		err = f.FollowBacking(ctx, &Opening{Config: &cfg, NodeName: n.name, graph: g, node: n, by: c})
+		if err == nil {
+			return nil
+		}
+		return errors.Join(n.activationError(err), g.changeBy(context.WithoutCancel(ctx), c, func(t *tx) error {
+			if old == nil {
+				return nil
+			}
+			return t.link(old)
+		}))
+	}, around...)
 }
 
 func (n *Node) activationError(err error) error {

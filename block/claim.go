@@ -13,6 +13,7 @@ import (
 type claim struct {
 	nodes      []*Node       // with a reference each, but in a transaction
 	activating bool          // what it is for
+	failed     *Node         // whose driver could not be activated
 	done       chan struct{} // closed at its end
 	err        error         // how it went; to be read when done is closed
 }

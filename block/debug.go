@@ -87,6 +87,15 @@ func (n *Node) debug(ev DebugEvent) {
 	}
 }
 
+func (n *Node) debugModify(head bool, h DebugEvent, tail bool, t DebugEvent) {
+	if head {
+		n.debug(h)
+	}
+	if tail {
+		n.debug(t)
+	}
+}
+
 // Debugger finds the first node that takes breakpoints from n down, along the children
 // that stand for their parents. It is nil if there is none.
 func (n *Node) Debugger() Debugger {

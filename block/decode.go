@@ -10,16 +10,7 @@ import (
 	"strings"
 )
 
-// The fields of a driver's options that text can set have a tag
-//
-//	option:"name"         by QEMU's name of the option
-//	option:"name,strong"  where the option is needed to open the same data again
-//
-// and one of the types string, bool, int64 (bytes, or a number), a pointer to one of
-// these (nil where it is not given), []string, a type with methods UnmarshalText and
-// String, or a slice of structs with such fields. Fields of embedded structs count too.
-
-// An option is one such field.
+// An option is a field that text can set, see [Options.Decode].
 type option struct {
 	name   string
 	strong bool
@@ -49,8 +40,15 @@ func appendOptions(list *[]option, v reflect.Value) {
 	}
 }
 
-// Decode sets the fields of the struct that dst points to (see above) from o. An
-// option that has no field is an error that names it.
+// Decode sets fields of the struct that dst points to from o. An option that has no
+// field is an error that names it. A field that text can set has a tag
+//
+//	option:"name"         QEMU's name of the option
+//	option:"name,strong"  where the option is needed to open the same data again
+//
+// and one of the types string, bool, int64 (bytes, or a number), a pointer to one of
+// these (nil where it is not given), []string, a type with methods UnmarshalText and
+// String, or a slice of structs with such fields. Fields of embedded structs count too.
 func (o *Options) Decode(dst any) error {
 	rest := o.clone()
 	if _, err := rest.decode(dst); err != nil {

@@ -35,7 +35,8 @@ type Driver struct {
 	// not share, for itself: in addition to what its users need and do not share, from
 	// which rule G13 computes those of the children. It is called with the graph's lock held.
 	Needs func(cfg *Config) (perm, unshared Perm)
-	// NewOptions returns a pointer to the driver's own options with their defaults.
+	// NewOptions returns a pointer to the driver's own options with their defaults: a
+	// struct with tags for those that text can set, see [Options.Decode].
 	NewOptions func() any
 	// Open opens an instance. It reads o.Config.Options (of NewOptions' type), opens
 	// children through o, and has no other effect beyond what it returns. On error
@@ -147,8 +148,9 @@ type Opening struct {
 
 	graph    *Graph
 	node     *Node
-	protocol bool  // its children are not probed by default
-	file     *Node // child "file", if it was opened to probe it
+	protocol bool   // its children are not probed by default
+	file     *Node  // child "file", if it was opened to probe it
+	by       *claim // on the node, if that is open already
 }
 
 // Node is the node under construction. Its Instance is not set yet.

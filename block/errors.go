@@ -28,6 +28,9 @@ var (
 	ErrCorrupt = newError("image is corrupt", syscall.EIO)
 	// ErrInvalid is returned for malformed arguments: negative lengths, unknown flags.
 	ErrInvalid = newError("invalid argument", syscall.EINVAL)
+	// ErrBackingChanged is returned by [Activator.Activate] when the image names another
+	// backing file than it did while the node was active last, or was opened.
+	ErrBackingChanged = newError("the image has another backing file now", syscall.EBUSY)
 	// ErrBusy is returned when something is in use and the call would pull it away.
 	ErrBusy = newError("in use", syscall.EBUSY)
 	// ErrClosed is returned for calls on a node, root or graph after its Close.

@@ -217,7 +217,9 @@ func TestG20TemporaryOverlay(t *testing.T) {
 	_, err = openText(g, "", "many,children.0.driver=raw,children.0.file.filename=plain,children.0.snapshot=on")
 	wantText(t, "snapshot of a child", err, "Block format 'raw' does not support the option 'snapshot'")
 	_, err = g.Open(ctx, &block.Config{Driver: "raw", Children: map[string]*block.Config{"file": {Filename: "plain", Snapshot: true}}})
-	wantError(t, err, block.ErrInvalid, "snapshot=on is for the node on top")
+	wantError(t, err, block.ErrInvalid, "snapshot=on is for the node on top only")
+	_, err = g.Open(ctx, &block.Config{Children: map[string]*block.Config{"file": {Filename: "plain", Snapshot: true}}})
+	wantError(t, err, block.ErrInvalid, "snapshot=on is for the node on top only")
 	fail = syscall.ENOSPC
 	_, err = openText(g, "x", "snapshot=on")
 	wantText(t, "no space", err, "Could not create temporary overlay: no space left on device")
@@ -270,7 +272,7 @@ func TestG25FileNames(t *testing.T) {
 			t.Errorf("%s:\n got exact '%s', %s\nwant exact '%s', %s", c.text, n.ExactFilename(), n.Filename(), c.exact, want)
 		}
 		// The name opens the same again.
-		name, tree := n.Filename(), tree(n)
+		name, tree := n.Filename(), treeOf(n)
 		driver := ""
 		if c.exact != "" {
 			driver = "driver=" + n.Driver().Name
@@ -288,9 +290,7 @@ func TestG25FileNames(t *testing.T) {
 	}
 }
 
-// tree describes what a node reads.
-func tree(n *block.Node) string { return treeOf(n) }
-
+// treeOf describes what a node reads.
 func treeOf(n *block.Node) string {
 	s := n.Driver().Name
 	switch o := n.Config().Options.(type) {
@@ -381,9 +381,9 @@ const viewText = `export 'a': id one, 1 in flight, drained 1
 export 'b` + "\uFFFD" + `': 0 in flight
 └─ root (filtered+primary): needs nothing; shares consistent read, write, write unchanged, resize
    base: see above
-spare: raw, 0 bytes, read-write, /d/empty
+spare: raw, 0 bytes, read-write, inactive, /d/empty
 └─ file (filtered+primary): needs nothing; shares consistent read, write, write unchanged, resize
-   sparefile: file, 0 bytes, read-write, /d/empty
+   sparefile: file, 0 bytes, read-write, inactive, /d/empty
 `
 
 func TestViewShowsTheGraph(t *testing.T) {
@@ -391,7 +391,7 @@ func TestViewShowsTheGraph(t *testing.T) {
 	g, _ := namedGraph(t, map[string]*blocktest.Store{"/d/top": top, "/d/base": blocktest.NewStore(1000), "/d/empty": blocktest.NewStore(0)})
 	base := openedText(t, g, "", "raw,node-name=base,read-only=on,file.filename=/d/base,file.node-name=basefile")
 	n := openedText(t, g, "", "img,node-name=top,file.driver=pass,file.node-name=pass,file.file.driver=file,file.file.filename=/d/top,file.file.node-name=low,backing=base")
-	openedText(t, g, "", "raw,node-name=spare,file.filename=/d/empty,file.node-name=sparefile")
+	openedText(t, g, "", "raw,node-name=spare,active=off,file.filename=/d/empty,file.node-name=sparefile")
 	a, err := g.AttachRoot(ctx, block.RootConfig{User: "export 'a'", ID: "one", Node: n, Perm: rd | wr, Shared: rd})
 	if err != nil {
 		t.Fatal(err)

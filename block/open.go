@@ -49,6 +49,9 @@ func (g *Graph) open(ctx context.Context, cfg *Config, at origin) (_ *Node, err 
 	if cfg.Ref != "" {
 		return g.reference(cfg)
 	}
+	if cfg.Snapshot {
+		return nil, refuse(ErrInvalid, "snapshot=on is for the node on top only")
+	}
 	explicit := *cfg
 	o := &Opening{graph: g, protocol: at.protocol}
 	d, err := o.settle(ctx, &explicit, at)
@@ -240,9 +243,6 @@ func (c *Config) check() error {
 func (o *Opening) openChild(ctx context.Context, name string, role Role, cfg *Config) (_ *Edge, err error) {
 	g, child := o.graph, o.file
 	if child == nil || name != "file" {
-		if cfg.Snapshot {
-			return nil, refuse(ErrInvalid, "snapshot=on is for the node on top, not for child '%s' of '%s'", name, o.NodeName)
-		}
 		if child, err = g.open(ctx, cfg, o.below(role)); err != nil {
 			return nil, err
 		}
@@ -254,12 +254,16 @@ func (o *Opening) openChild(ctx context.Context, name string, role Role, cfg *Co
 		}
 	}
 	e := newEdge(o.node, child, name, role)
-	return e, g.change(ctx, func(t *tx) error {
+	err = g.changeBy(ctx, o.by, func(t *tx) error {
 		if cfg.Ref == "" {
 			child.heir = heir{o.node, role}
 		}
 		return t.link(e)
 	})
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
 }
 
 // AllowDrivers bounds which drivers may open nodes (rule G31): those in readWrite, and

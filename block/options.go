@@ -303,14 +303,15 @@ func (o *Options) names() []string {
 
 // first is the full name of some option that is there, the same each time; "" if o is empty.
 func (o *Options) first() string {
-	for _, name := range o.names() {
-		sub := o.sub[name]
-		if below := sub.first(); !sub.given && below != "" {
-			return join(name, below)
-		}
-		return name
+	names := o.names()
+	if len(names) == 0 {
+		return ""
 	}
-	return ""
+	sub := o.sub[names[0]]
+	if below := sub.first(); !sub.given && below != "" {
+		return join(names[0], below)
+	}
+	return names[0]
 }
 
 // list reads a list of texts.

@@ -98,6 +98,9 @@ func (tx *permTx) abort() {
 func (tx *permTx) commit() {
 	for _, g := range tx.grants {
 		g.node.perm, g.node.shared, g.node.kept = g.perm, g.shared, g.kept
+		if g.node.isCopiedUp() {
+			g.node.writes.tracked.Store(true)
+		}
 	}
 }
 

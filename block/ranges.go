@@ -1,10 +1,14 @@
 package block
 
+import "sync/atomic"
+
 // writeRanges are the writes in flight on a node whose request alignment is
 // larger than 1. An unaligned write reads and rewrites its first and last block,
 // and must not do so while another write changes them: it is serialised with all
 // that overlap.
 type writeRanges struct {
+	tracked atomic.Bool // writes are entered whatever the alignment
+
 	active map[*writeRange]struct{}
 }
 

@@ -40,6 +40,9 @@ func (n *ViewNode) describe() string {
 		if n.ReadOnly {
 			access = "read-only"
 		}
+		if !n.Active {
+			access += ", inactive"
+		}
 		parts = append(parts, n.Driver, exactSize(n.Size), access)
 		if !strings.HasPrefix(n.Filename, "json:") { // too long, and the tree says it all
 			parts = append(parts, n.Filename)

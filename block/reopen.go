@@ -22,7 +22,8 @@ type Reopener interface {
 }
 
 // A Switch is a reopen that was prepared. Apply may be called, once; then exactly one
-// of Commit and Abort is. All calls come with nothing in flight.
+// of Commit and Abort is. All calls come with nothing in flight; but Size, Limits and
+// what else tells of the node may be called in parallel.
 type Switch interface {
 	// Apply makes the node what was prepared. Its links are the new ones, and it has
 	// the permissions of before and of afterwards together. Children come before
@@ -48,7 +49,12 @@ type Reopening struct {
 	Node *Node
 	// Config is the new effective configuration; Options are of the driver's type.
 	Config *Config
+
+	relinked []string
 }
+
+// Relinked tells whether another node becomes the child called name.
+func (r *Reopening) Relinked(name string) bool { return slices.Contains(r.relinked, name) }
 
 // AutoReadOnly makes the node read-only instead, because it cannot be written for the
 // reason that cause gives. Where auto-read-only=on does not allow that it returns
@@ -394,13 +400,24 @@ func (r *reopen) prepare(ctx context.Context) error {
 				c.ReadOnly = true
 			}
 		}
-		sw, err := p.node.inst.(Reopener).PrepareReopen(ctx, &Reopening{Node: p.node, Config: c})
+		sw, err := p.node.inst.(Reopener).PrepareReopen(ctx, &Reopening{Node: p.node, Config: c, relinked: r.relinked(p.node)})
 		if err != nil {
 			return fmt.Errorf("Could not reopen node '%s': %w", p.node.name, err)
 		}
 		p.sw = sw
 	}
 	return nil
+}
+
+// relinked names the children of n that become other nodes.
+func (r *reopen) relinked(n *Node) []string {
+	var names []string
+	for _, l := range r.links {
+		if l.edge.parent == n {
+			names = append(names, l.edge.name)
+		}
+	}
+	return names
 }
 
 // childOf is the node that e will lead to.

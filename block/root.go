@@ -160,6 +160,14 @@ func (t *tx) claim(r *Root) error {
 // Node is the node below the root.
 func (r *Root) Node() *Node { return r.edge.Node() }
 
+// MayWrite tells whether the root asked for permission to write and was not denied it
+// since, see ReopenRequest.Force.
+func (r *Root) MayWrite() bool {
+	r.graph.mu.Lock()
+	defer r.graph.mu.Unlock()
+	return r.perm&PermWrite != 0 && r.denied == nil
+}
+
 // User says who the root belongs to.
 func (r *Root) User() string { return r.user }
 

@@ -139,14 +139,14 @@ func (e *Edge) WriteAt(ctx context.Context, p []byte, off int64, flags ReqFlags)
 		return e.WriteZeroes(ctx, off, length, zf)
 	}
 	n.countWrite(ShardOf(ctx), length)
-	return n.fail("write", off, length, n.write(ctx, p, off, flags&FUA))
+	return n.fail("write", off, length, n.write(ctx, p, off, flags&(FUA|WriteUnchanged)))
 }
 
 // write aligns: what is not whole blocks is read, changed and written back, with
 // no other write to these blocks meanwhile.
 func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
 	a := n.lim().RequestAlignment
-	if a == 1 {
+	if a == 1 && !n.writes.tracked.Load() {
 		return n.writeAligned(ctx, p, off, flags)
 	}
 	length := int64(len(p))
@@ -184,7 +184,7 @@ func (n *Node) write(ctx context.Context, p []byte, off int64, flags ReqFlags) e
 // growth from the padding of its last block, and a truncation beside a write that
 // grows the node would cut off what that has written.
 func (n *Node) growTo(ctx context.Context, end int64) error {
-	if n.truncater == nil || end <= n.inst.Size() {
+	if n.truncater == nil || end <= n.inst.Size() || n.lim().RequestAlignment == 1 {
 		return nil
 	}
 	n.gmu.Lock()
@@ -211,11 +211,13 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 		there = b[:max(0, end-head)]
 		clear(b[len(there):])
 	}
+	n.debugModify(off > head, EventPwritevRMWHead, off+int64(len(p)) < tail, EventPwritevRMWTail)
 	if len(there) > 0 {
 		if err := n.readAligned(ctx, there, head); err != nil {
 			return err
 		}
 	}
+	n.debugModify(off > head, EventPwritevRMWAfterHead, off+int64(len(p)) < tail, EventPwritevRMWAfterTail)
 	copy(b[off-head:], p)
 	return n.writeAligned(ctx, b, head, flags)
 }
@@ -223,6 +225,7 @@ func (n *Node) modify(ctx context.Context, p []byte, off, head, tail int64, flag
 // writeAligned splits, and emulates FUA where the driver lacks it.
 func (n *Node) writeAligned(ctx context.Context, p []byte, off int64, flags ReqFlags) error {
 	native := flags & n.lim().WriteFlags
+	n.debug(EventPwritev)
 	for most := n.lim().MaxTransfer; most > 0 && int64(len(p)) > most; {
 		if err := n.inst.WriteAt(ctx, p[:most], off, native); err != nil {
 			return err
@@ -232,6 +235,7 @@ func (n *Node) writeAligned(ctx context.Context, p []byte, off int64, flags ReqF
 	if err := n.inst.WriteAt(ctx, p, off, native); err != nil {
 		return err
 	}
+	n.debug(EventPwritevDone)
 	return n.emulateFUA(ctx, flags, native)
 }
 
@@ -265,7 +269,7 @@ func (e *Edge) WriteZeroes(ctx context.Context, off, length int64, flags ReqFlag
 // that is refused.
 func (n *Node) zero(ctx context.Context, off, length int64, flags ReqFlags) error {
 	a := n.lim().RequestAlignment
-	if a == 1 {
+	if a == 1 && !n.writes.tracked.Load() {
 		return n.zeroAligned(ctx, off, length, flags)
 	}
 	first, last := (off+a-1)&^(a-1), (off+length)&^(a-1)
@@ -295,6 +299,7 @@ func (n *Node) zeroAligned(ctx context.Context, off, length int64, flags ReqFlag
 		}
 		return n.writeZeroBytes(ctx, off, length, flags)
 	}
+	n.debug(EventPwritevZero)
 	native := flags & n.lim().ZeroFlags
 	most := n.lim().MaxZero
 	if most <= 0 {
@@ -327,7 +332,7 @@ func (n *Node) writeZeroBytes(ctx context.Context, off, length int64, flags ReqF
 	}
 	for length > 0 {
 		step := min(length, int64(len(zeroes)))
-		if err := n.write(ctx, zeroes[:step], off, flags&n.lim().WriteFlags&FUA); err != nil {
+		if err := n.write(ctx, zeroes[:step], off, flags&(n.lim().WriteFlags&FUA|WriteUnchanged)); err != nil {
 			return err
 		}
 		off, length = off+step, length-step
@@ -360,6 +365,8 @@ func (n *Node) discard(ctx context.Context, off, length int64) error {
 		if off >= end {
 			return nil
 		}
+	}
+	if n.lim().RequestAlignment > 1 || n.writes.tracked.Load() {
 		w := n.beginWrite(off, end-off, false)
 		defer n.endWrite(w)
 	}
@@ -387,6 +394,7 @@ func (e *Edge) Flush(ctx context.Context) error {
 	if n.cfg().ReadOnly {
 		return nil
 	}
+	n.debug(EventFlushToDisk)
 	return n.fail("flush", 0, 0, n.inst.Flush(ctx))
 }
 

@@ -144,6 +144,7 @@ const (
 type Location struct {
 	Kind   LocationKind
 	Stable bool  // LocateData: a guest offset has this host offset for ever (raw), so sendfile is safe
+	Depth  int32 // layer that decides, as of [Extent]; at least 1 where it is not the node asked
 	Length int64 // bytes from the asked offset that the answer holds for, 1 to the asked length
 	Offset int64 // LocateData: byte offset in File
 	File   HostFile

@@ -36,6 +36,7 @@ type NodeView struct {
 	Filename   string `json:"filename"`
 	Size       int64  `json:"size"` // bytes
 	ReadOnly   bool   `json:"read-only"`
+	Active     bool   `json:"active"`
 	References int    `json:"references"`
 }
 
@@ -92,7 +93,8 @@ func (g *Graph) View() *View {
 	names := make(naming)
 	for _, n := range nodes {
 		v.Nodes = append(v.Nodes, ViewNode{ID: ids[n], Type: "block-driver", Name: n.name, Drained: n.quiesce,
-			NodeView: &NodeView{Driver: n.driver.Name, Filename: names.filename(n), Size: n.inst.Size(), ReadOnly: n.cfg().ReadOnly, References: n.refs}})
+			NodeView: &NodeView{Driver: n.driver.Name, Filename: names.filename(n), Size: n.inst.Size(), ReadOnly: n.cfg().ReadOnly,
+				Active: n.Active(), References: n.refs}})
 		for _, e := range n.children {
 			edge(ids[n], e)
 		}

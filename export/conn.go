@@ -56,6 +56,7 @@ type conn struct {
 	meta       bool  // base:allocation was selected
 	align      int64 // offsets and lengths must be multiples of it
 	size       int64 // bytes
+	readOnly   bool
 
 	root  *block.Root
 	lane  *block.Lane
@@ -114,6 +115,7 @@ func (c *conn) begin(e *Export, structured, meta, toldSizes bool) {
 		c.align = e.root.Limits().RequestAlignment
 	}
 	c.size = e.root.Size()
+	c.readOnly = !e.root.MayWrite()
 	c.shard = c.s.nextShard()
 	c.lane = c.root.NewLane(c.shard, c.resume)
 	c.stat = e.stat.NewConn()

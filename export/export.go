@@ -172,7 +172,7 @@ func (e *Export) size(ctx context.Context) (int64, error) {
 // flags are the transmission flags for a client.
 func (e *Export) flags(structured bool) uint16 {
 	f := flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn | flagSendCache
-	if e.readOnly {
+	if !e.root.MayWrite() {
 		f |= flagReadOnly
 	} else {
 		f |= flagSendTrim | flagSendWriteZeroes | flagSendFastZero

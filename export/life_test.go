@@ -604,8 +604,8 @@ func TestShutdownAtItsDeadlineRefusesWhatWaitsForADrain(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- r.s.Shutdown(ctx) }()
 	wantErrno(t, "WRITE", c.result(dataOf(0)), nbdESHUTDOWN)
+	r.graph.DrainEnd(r.node) // the export is flushed afterwards
 	must(t, <-ended)
-	r.graph.DrainEnd(r.node)
 	if r.store.Bytes()[0] == 9 {
 		t.Error("a refused write was done")
 	}

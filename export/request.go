@@ -77,7 +77,7 @@ func (c *conn) check(r *request) rejection {
 		return bad(nbdEINVAL, "flags %#x do not go with command %s", f, r.op())
 	}
 	write := r.cmd == cmdWrite || r.cmd == cmdTrim || r.cmd == cmdWriteZeroes
-	if write && c.export.readOnly {
+	if write && c.readOnly {
 		return bad(nbdEPERM, "the export is read-only")
 	}
 	if r.cmd == cmdFlush {

@@ -57,7 +57,7 @@ type setup struct {
 	direct   bool
 	readOnly bool
 	above    func(*block.Config) *block.Config // nil: nothing is put on top
-	graph    *block.Graph // nil: a new one that is watched for leaks
+	graph    *block.Graph                      // nil: a new one that is watched for leaks
 }
 
 // newRig serves size bytes of pattern data.

@@ -34,7 +34,7 @@ func (n *node) PreActivate(context.Context) error {
 	if err != nil {
 		return err
 	}
-	n.files = f
+	n.use(f)
 	n.size.Store(size)
 	n.forget()
 	return n.makeLocks(n.self.Config())

@@ -388,6 +388,28 @@ func TestG21FileChangesItsDescriptors(t *testing.T) {
 	})
 }
 
+// A reopen of an inactive node counts from its activation on.
+func TestG21ReopenOfAnInactiveFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	newFile(t, path, filled(1, 4096), 1<<20)
+	d := newDisk(t, config(path), cr, cr)
+	d.setActive(false)
+	if err := d.reopen(func(c *block.Config) { c.ReadOnly, c.Cache.Direct = true, true }); err != nil {
+		t.Fatal(err)
+	}
+	if got := openDescriptors(t, path); got != 0 || d.n.Active() {
+		t.Errorf("%d descriptors, active %t", got, d.n.Active())
+	}
+	d.setActive(true)
+	flags, err := unix.FcntlInt(uintptr(d.n.Instance().(*node).fd), unix.F_GETFL, 0)
+	if err != nil || flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_DIRECT == 0 {
+		t.Errorf("flags %#x (%v)", flags, err)
+	}
+	if got := d.read(1, 511); !bytes.Equal(got, filled(1, 511)) {
+		t.Errorf("read %x", got[:4])
+	}
+}
+
 func TestG21FileThatIsReplacedMeanwhileStaysTheSame(t *testing.T) {
 	dir := t.TempDir()
 	path, next := filepath.Join(dir, "disk"), filepath.Join(dir, "next")

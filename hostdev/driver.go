@@ -73,7 +73,8 @@ type node struct {
 	self  *block.Node
 	kinds []fileKind // that the driver opens
 	opts  *Options
-	files // changes only while nothing is in flight
+	files // changes only while nothing is in flight, see use
+	told  atomic.Pointer[block.Limits]
 
 	size        atomic.Int64
 	work        workers
@@ -135,7 +136,7 @@ func open(ctx context.Context, o *block.Opening, kinds []fileKind) (*node, error
 	if err != nil {
 		return nil, err
 	}
-	n.files = f
+	n.use(f)
 	n.size.Store(size)
 	if o.Config.Inactive {
 		return n, n.closeFiles()
@@ -166,8 +167,14 @@ func (n *node) Close(context.Context) error {
 	return errors.Join(n.dropLocks(), n.closeFiles())
 }
 
+// use makes f the node's files.
+func (n *node) use(f files) {
+	n.files = f
+	n.told.Store(&f.limits)
+}
+
 // Limits implements [block.Instance].
-func (n *node) Limits() block.Limits { return n.limits }
+func (n *node) Limits() block.Limits { return *n.told.Load() }
 
 // OldestWait implements [block.Waiter].
 func (n *node) OldestWait() (what string, age time.Duration, ok bool) {

@@ -78,7 +78,7 @@ type LockError struct {
 func (e *LockError) Error() string {
 	s := fmt.Sprintf("Failed to get %s: Is another process using the image [%s]?", e.Lock, e.Filename)
 	if len(e.Holders) == 0 {
-		return s
+		return s + " Who uses it cannot be seen from here: it may be on another host or in a container, or about to end."
 	}
 	var who []string
 	for _, h := range e.Holders {
@@ -125,7 +125,7 @@ func (l *locks) close() error {
 
 const (
 	lockTries   = 8
-	lockLooks   = 3                     // for holders, after the last try
+	lockLooks   = 8                     // for holders, after the last try
 	lockBackoff = 25 * time.Millisecond // between two tries, at most
 )
 

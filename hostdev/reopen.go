@@ -40,7 +40,7 @@ type fileSwitch struct {
 
 // Apply implements [block.Switch].
 func (s *fileSwitch) Apply(context.Context) error {
-	s.files = s.new
+	s.use(s.new)
 	return nil
 }
 
@@ -59,7 +59,7 @@ func (s *fileSwitch) Commit() {
 
 // Abort implements [block.Switch].
 func (s *fileSwitch) Abort() {
-	s.files = s.old
+	s.use(s.old)
 	if s.opened {
 		s.close(s.new)
 	}

@@ -20,6 +20,8 @@ type Factory struct {
 	New func(t TB) Subject
 	// ReadOnly: the nodes are opened read-only; nothing is written.
 	ReadOnly bool
+	// Writable: the nodes cannot be opened read-only.
+	Writable bool
 	// FastZero: WriteZeroes with NoFallback succeeds on ranges aligned to ZeroAlignment.
 	FastZero bool
 	// DiscardZeroes: a discarded range that is aligned to DiscardAlignment reads as zero.
@@ -77,10 +79,12 @@ func Conformance(t *testing.T, f Factory) {
 		{"FailedWritesChangeNothing", testFailedWrites},
 		{"BuffersStayTheCallers", testBuffers},
 		{"ContentsSurviveReopen", testReopen},
-		{"ReadOnlyRefusesWrites", testReadOnly},
 	}
 	for _, c := range writing {
 		t.Run(c.name, func(t *testing.T) { c.test(t, f) })
+	}
+	if !f.Writable {
+		t.Run("ReadOnlyRefusesWrites", func(t *testing.T) { testReadOnly(t, f) })
 	}
 	if f.Resizes {
 		t.Run("Resize", func(t *testing.T) { testResize(t, f) })
@@ -155,7 +159,7 @@ func (x *fixture) close() {
 	x.t.Helper()
 	x.compare()
 	x.detach()
-	x.attach(true)
+	x.attach(!x.f.Writable)
 	x.compare()
 	x.detach()
 	if x.subject.Verify != nil {
@@ -297,7 +301,7 @@ func testLimits(t *testing.T, f Factory) {
 			t.Errorf("%s is %d, want a multiple of the request alignment %d", name, v, l.RequestAlignment)
 		}
 	}
-	if known := block.FUA | block.MayUnmap | block.NoFallback; (l.WriteFlags|l.ZeroFlags)&^known != 0 {
+	if known := block.FUA | block.MayUnmap | block.NoFallback | block.WriteUnchanged; (l.WriteFlags|l.ZeroFlags)&^known != 0 {
 		t.Errorf("flags %#x and %#x have unknown bits", l.WriteFlags, l.ZeroFlags)
 	}
 	if r := x.root.Size(); r < x.node.Size() || r%l.RequestAlignment != 0 || r-x.node.Size() >= l.RequestAlignment {

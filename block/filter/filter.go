@@ -94,6 +94,8 @@ func (p Pass) Size() int64 { return p.Child.Size() }
 func (p Pass) Limits() block.Limits {
 	l := p.Child.Limits()
 	l.RequestAlignment = max(l.RequestAlignment, p.Align)
+	l.WriteFlags |= block.WriteUnchanged
+	l.ZeroFlags |= block.WriteUnchanged
 	return l
 }
 

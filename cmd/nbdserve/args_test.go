@@ -14,6 +14,7 @@ func testFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "read-only", Aliases: []string{"r"}},
 		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}},
 		&cli.StringSliceFlag{Name: "listen"},
+		optionalFlag{&cli.StringFlag{Name: "graph"}, "text"},
 	}
 }
 
@@ -31,6 +32,9 @@ func TestOptionsMayStandAnywhere(t *testing.T) {
 		{"disk -qf raw", "--quiet --format=raw", "disk"},
 		{"disk --format --read-only", "--format=--read-only", "disk"}, // a value may look like an option
 		{"--listen unix:a,b --listen tcp:c disk", "--listen=unix:a,b --listen=tcp:c", "disk"},
+		{"disk --graph", "--graph=text", "disk"}, // without a value it has one
+		{"--graph dot", "--graph=text", "dot"},
+		{"--graph=dot disk", "--graph=dot", "disk"},
 		{"-- --read-only", "", "--read-only"},
 		{"a -- -r --", "", "a -r --"},
 		{"-", "", "-"},
@@ -59,6 +63,7 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 		"disk --read-only=no": "option --read-only takes no value, but got 'no'",
 		"-r disk --read-only": "option --read-only is given twice",
 		"-f raw -f qcow2":     "option -f is given twice",
+		"--graph --graph=dot": "option --graph is given twice",
 	} {
 		_, _, err := permute(testFlags(), strings.Fields(args))
 		if err == nil || !strings.HasPrefix(err.Error(), want) {

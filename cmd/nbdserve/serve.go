@@ -62,8 +62,8 @@ func serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "description", Category: export, Usage: "`TEXT` for clients that list exports"},
 			&cli.StringFlag{Name: "max-clients", Value: "64", Category: export, Usage: "`NUMBER` of clients served at a time, 0 for no limit"},
 
-			&cli.StringSliceFlag{Name: "blockdev", Category: graph, Usage: "open a node: `OPTIONS` are driver=NAME,node-name=NAME,... as QEMU has them, or the same as a JSON object; may be repeated, and later nodes can refer to earlier ones"},
-			&cli.StringSliceFlag{Name: "export", Category: graph, Usage: "serve a node instead of IMAGE: `OPTIONS` are node-name=NAME[,name=NAME][,description=TEXT][,writable=on|off][,writethrough=on|off][,share-rw=on|off][,id=ID]; read-only and named after the node unless told else; may be repeated"},
+			&cli.StringSliceFlag{Name: "blockdev", Category: graph, Usage: "open a node: `OPTIONS` are driver=NAME, node-name=NAME and more with commas between, as QEMU has them, or the same as a JSON object; may be repeated, and later nodes can refer to earlier ones"},
+			&cli.StringSliceFlag{Name: "export", Category: graph, Usage: "serve a node instead of IMAGE: `OPTIONS` are node-name=NAME and any of name=NAME, description=TEXT, writable=on|off, writethrough=on|off, share-rw=on|off and id=ID, with commas between; read-only and named after the node unless told else; may be repeated"},
 			&cli.StringFlag{Name: "allow-drivers", Category: graph, Usage: "open no nodes of drivers other than those in `LIST`, NAME[,NAME...], and in that of --allow-drivers-read-only"},
 			&cli.StringFlag{Name: "allow-drivers-read-only", Category: graph, Usage: "open nodes of the drivers in `LIST`, but only for reading"},
 			optionalFlag{&cli.StringFlag{Name: "print-graph", Category: graph, Usage: "open all, print nodes, edges and permissions as `FORMAT` and end; as --print-graph=FORMAT: " + namesOf(graphFormats) + "; without it " + graphFormats[0].name}, graphFormats[0].name},

@@ -19,6 +19,7 @@ import (
 
 	"github.com/nbdserve/nbdserve/block"
 	"github.com/nbdserve/nbdserve/export"
+	"github.com/nbdserve/nbdserve/hostdev"
 	"github.com/nbdserve/nbdserve/metrics"
 )
 
@@ -135,7 +136,23 @@ func (s *session) open(ctx context.Context) error {
 			return err
 		}
 	}
+	if s.activation == export.ActivationOnConnect {
+		s.warnOfLocalLocks()
+	}
 	return nil
+}
+
+// warnOfLocalLocks names the images that servers on other hosts can use although this
+// one has a client.
+func (s *session) warnOfLocalLocks() {
+	for _, n := range s.graph.Nodes() {
+		if n.Driver().Kind != block.Protocol || n.Filename() == "" {
+			continue
+		}
+		if why := hostdev.LocalLocks(n.Filename()); why != "" {
+			s.log.Warn("other hosts do not see who has the image: see to it that one server at a time has clients", "image", n.Filename(), "why", why)
+		}
+	}
 }
 
 // openNode opens a node that we hold until the end.

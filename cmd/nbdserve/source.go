@@ -252,37 +252,47 @@ func (i *imageOptions) open(g *block.Graph, openNode func(*block.Config) (*block
 	if cfg.Given&block.GivenDiscard == 0 {
 		cfg.Unmap = true
 	}
-	if cfg.Filename != "" {
-		cfg.Children = map[string]*block.Config{"file": {Filename: cfg.Filename, NodeName: "file"}}
+	if cfg.Filename != "" && cfg.Children["file"] == nil {
+		if cfg.Children == nil {
+			cfg.Children = make(map[string]*block.Config)
+		}
+		cfg.Children["file"] = &block.Config{Filename: cfg.Filename, NodeName: "file"}
 		cfg.Filename = ""
 	}
-	if i.offset != 0 || i.size != 0 {
-		whole := *cfg
-		cfg = &block.Config{
-			Driver: "raw", NodeName: whole.NodeName, ReadOnly: whole.ReadOnly, Cache: whole.Cache, Unmap: whole.Unmap,
-			DetectZeroes: whole.DetectZeroes, Snapshot: whole.Snapshot, Options: &raw.Options{Offset: i.offset, Size: i.size},
-			Children: map[string]*block.Config{"file": &whole},
-		}
-		whole.NodeName, whole.DetectZeroes, whole.Snapshot = "whole", block.DetectZeroesOff, false
-	}
+	part := i.offset != 0 || i.size != 0
 	if cfg.NodeName == "" {
 		cfg.NodeName = "disk"
+		if part {
+			cfg.NodeName = "whole"
+		}
 	}
 	below, err := openNode(cfg)
 	if err != nil {
 		return err
+	}
+	above := func(cfg *block.Config, name string) error {
+		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = name, below.ReadOnly(), true
+		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
+		n, err := openNode(cfg)
+		if err == nil {
+			below = n
+		}
+		return err
+	}
+	if part {
+		if err := above(&block.Config{Driver: "raw", Options: &raw.Options{Offset: i.offset, Size: i.size}}, "disk"); err != nil {
+			return err
+		}
 	}
 	for _, f := range i.filters {
 		err := f.options.Set("driver", f.driver)
 		if err == nil {
 			cfg, err = g.Configure("", f.options)
 		}
-		if err != nil {
-			return fmt.Errorf("--%s: %w", f.driver, err)
+		if err == nil {
+			err = above(cfg, f.driver)
 		}
-		cfg.NodeName, cfg.ReadOnly, cfg.Unmap = f.driver, below.ReadOnly(), true
-		cfg.Children = map[string]*block.Config{"file": {Ref: below.Name()}}
-		if below, err = openNode(cfg); err != nil {
+		if err != nil {
 			return fmt.Errorf("--%s: %w", f.driver, err)
 		}
 	}

@@ -86,5 +86,6 @@ func checkBacking(o *block.Opening, h *Header, cfg *block.Config) error {
 
 // BackingFile is what the header says, see [block.BackingChanger].
 func (im *image) BackingFile() (name, format string) {
-	return im.header.BackingFile, im.header.BackingFormat
+	f := im.facts.Load()
+	return f.backingFile, f.backingFormat
 }

@@ -200,6 +200,7 @@ func (im *image) loadSlice(ctx context.Context, slice uint32) (int, error) {
 		done := make(chan struct{})
 		im.loading[slice] = done
 		im.mu.Unlock()
+		im.file.Debug(block.EventL2Load)
 		buf := block.GetBuffer(8 << im.sliceBits)
 		err = im.readHost(ctx, buf, off)
 		im.mu.Lock()
@@ -251,6 +252,7 @@ func (im *image) ownTable(ctx context.Context, table int64) error {
 		return err
 	}
 	off := e.first << im.clusterBits
+	im.file.Debug(block.EventL2AllocWrite)
 	if old.Offset() == 0 {
 		err = im.file.WriteZeroes(ctx, off, im.clusterSize, 0)
 	} else {

@@ -49,11 +49,13 @@ type decoder interface {
 	decode(out, compressed []byte) error
 }
 
-func (c *clusterCache) init(h *Header) {
-	c.header = h
-	c.tokens = make(chan struct{}, runtime.GOMAXPROCS(0))
-	c.most = int(max(2, decompressedBytes>>h.ClusterBits))
-	c.clusters = make(map[uint64]*cachedCluster)
+func newClusterCache(h *Header) *clusterCache {
+	return &clusterCache{
+		header:   h,
+		tokens:   make(chan struct{}, runtime.GOMAXPROCS(0)),
+		most:     int(max(2, decompressedBytes>>h.ClusterBits)),
+		clusters: make(map[uint64]*cachedCluster),
+	}
 }
 
 // get returns the contents of a compressed cluster, which the caller must not
@@ -109,6 +111,7 @@ func (c *clusterCache) load(ctx context.Context, im *image, entry L2Entry) ([]by
 	}
 	buf := block.GetBuffer(int(n))
 	defer block.PutBuffer(buf)
+	im.file.Debug(block.EventReadCompressed)
 	if err := im.file.ReadAt(ctx, buf, off); err != nil {
 		return nil, err
 	}

@@ -157,6 +157,7 @@ type crashCase struct {
 	ops        int
 	limits     block.Limits // of the file
 	dirty      bool         // the image was not closed and its refcounts are wrong
+	handover   bool         // the node rests between requests: inactive, or read-only
 	perCut     int
 	broken     orderingRule
 	seed       uint64
@@ -175,6 +176,8 @@ var crashCases = []crashCase{
 	{name: "file of 512-byte sectors", opts: "cluster_size=1k", size: 96 << 10, backing: 50 << 10, limits: block.Limits{RequestAlignment: 512, WriteFlags: block.FUA, ZeroFlags: blocktest.AllFlags.ZeroFlags}},
 	{name: "refcount table grows", opts: "cluster_size=512,refcount_bits=64", size: 1920 << 10, from: 1792 << 10, prepare: []string{"write -P 0x5a 0 1792k"}, ops: 50, perCut: 3},
 	{name: "dirty image", opts: "cluster_size=1k,lazy_refcounts=on", size: 96 << 10, compressed: true, dirty: true},
+	{name: "handed over", opts: "cluster_size=1k", size: 96 << 10, backing: 60 << 10, compressed: true, snapshot: true, handover: true},
+	{name: "handed over, one-bit refcounts", opts: "cluster_size=512,refcount_bits=1", size: 64 << 10, handover: true},
 	{name: "parallel", opts: "cluster_size=1k", size: 128 << 10, backing: 90 << 10, compressed: true, snapshot: true, workers: 3},
 	{name: "parallel, small clusters", opts: "cluster_size=512,refcount_bits=64", size: 96 << 10, workers: 4},
 }
@@ -294,7 +297,7 @@ func (r *crashRun) work() {
 	var roots []*block.Root
 	share := block.PermConsistentRead | block.PermWrite
 	for w := range workers {
-		root, err := r.graph.AttachRoot(ctx, block.RootConfig{User: fmt.Sprintf("worker %d", w), Node: n, Perm: share, Shared: share})
+		root, err := r.graph.AttachRoot(ctx, block.RootConfig{User: fmt.Sprintf("worker %d", w), Node: n, Perm: share, Shared: share, AllowInactive: allow})
 		if err != nil {
 			r.t.Fatal(err)
 		}
@@ -329,8 +332,35 @@ func (r *crashRun) worker(w, workers int, root *block.Root) error {
 		if err := r.request(ctx, rng, root, lane, w, workers, uint64(w)<<16|uint64(i)); err != nil {
 			return err
 		}
+		if r.handover && i%8 == 7 {
+			if err := r.rest(ctx, root.Node(), i%16 == 7); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
+}
+
+// rest makes the node inactive, or read-only, and again what it was. Meanwhile the image
+// must be whole, and what was written durable.
+func (r *crashRun) rest(ctx context.Context, n *block.Node, inactive bool) error {
+	turn := func(rest bool) error {
+		if inactive {
+			return r.graph.SetActive(ctx, !rest, n)
+		}
+		c := *n.ExplicitConfig()
+		c.ReadOnly = rest
+		c.Children = nil
+		if r.backing != nil {
+			c.Children = map[string]*block.Config{"backing": {Ref: n.Backing().Node().Name()}}
+		}
+		return r.graph.Reopen(ctx, block.ReopenRequest{Node: n, Config: &c, Force: true})
+	}
+	if err := r.model.flush(func() error { return turn(true) }); err != nil {
+		return err
+	}
+	checkStore(r.t, r.log.Disk(), false)
+	return turn(false)
 }
 
 // place chooses where a request goes: near places chosen before, so that clusters

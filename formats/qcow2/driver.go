@@ -48,6 +48,7 @@ func Driver(host Host) *block.Driver {
 		Name:       "qcow2",
 		Kind:       block.Format,
 		Backing:    true,
+		Mutable:    []string{"l2-cache-size", "refcount-cache-size"},
 		NewOptions: func() any { return new(Options) },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			return open(ctx, o, host)
@@ -71,28 +72,35 @@ func open(ctx context.Context, o *block.Opening, host Host) (_ block.Instance, e
 			err = fmt.Errorf("%s: %w", name, err)
 		}
 	}()
-	writable := !o.Config.ReadOnly && !o.Config.NoIO
+	im := makeNode(o.Node(), file, host, opts.broken)
+	if o.Config.Inactive {
+		return im, im.openInactive(ctx, o)
+	}
+	writable := isWritable(o.Config)
 	h, err := readHeader(ctx, file, writable)
+	if err != nil && writable && o.AutoReadOnly(ctx, err) == nil {
+		writable = false
+		h, err = readHeader(ctx, file, false)
+	}
+	if err == nil && writable {
+		h, err = im.repair(ctx, h)
+	}
 	if err != nil {
 		return nil, err
-	}
-	if writable {
-		if h, err = repair(ctx, o, file, h, opts.broken); err != nil {
-			return nil, err
-		}
 	}
 	if err := openBacking(ctx, o, host, h, name); err != nil {
 		return nil, err
 	}
-	im, err := makeImage(ctx, o.Node(), file, h, opts, writable)
+	c, info, err := im.load(ctx, h, opts, writable)
 	if err != nil {
 		return nil, err
 	}
-	if writable {
-		im.startReaper()
-	}
+	im.become(c, info)
+	im.startReaper()
 	return im, nil
 }
+
+func isWritable(c *block.Config) bool { return !c.ReadOnly && !c.NoIO }
 
 func readHeader(ctx context.Context, file *block.Edge, writable bool) (*Header, error) {
 	h, err := ParseHeader(ctx, file, file.Size())
@@ -102,27 +110,35 @@ func readHeader(ctx context.Context, file *block.Edge, writable bool) (*Header, 
 	return h, h.Unsupported(writable)
 }
 
+// ready reads the header, and prepares the image for writing if it is to be written.
+func (im *image) ready(ctx context.Context, writable bool) (*Header, error) {
+	h, err := readHeader(ctx, im.file, writable)
+	if err != nil || !writable {
+		return h, err
+	}
+	return im.repair(ctx, h)
+}
+
 // repair prepares an image for writing: refcounts that may be wrong are rebuilt
 // (rule R5), features that we do not keep up to date are cleared.
-func repair(ctx context.Context, o *block.Opening, file *block.Edge, h *Header, broken orderingRule) (*Header, error) {
+func (im *image) repair(ctx context.Context, h *Header) (_ *Header, err error) {
 	if h.Dirty() {
-		o.Node().Graph().Log().Warn("qcow2: the image was not closed; its refcounts are rebuilt", "node", o.NodeName)
-		var target Target = file
-		if broken&ruleDirtyLast != 0 {
-			target = noFlush{file}
+		im.log.Warn("qcow2: the image was not closed; its refcounts are rebuilt", "node", im.node.Name())
+		var target Target = im.file
+		if im.broken&ruleDirtyLast != 0 {
+			target = noFlush{im.file}
 		}
 		if _, err := RepairRefcounts(ctx, target, h); err != nil {
 			return nil, fmt.Errorf("Could not repair dirty image: %w", err)
 		}
-		var err error
-		if h, err = readHeader(ctx, file, true); err != nil {
+		if h, err = readHeader(ctx, im.file, true); err != nil {
 			return nil, err
 		}
 	}
 	if h.Version >= 3 && h.Autoclear != 0 {
 		var none [8]byte
 		// Durable before anything that the features do not know of is written.
-		if err := file.WriteAt(ctx, none[:], autoclearOffset, block.FUA); err != nil {
+		if err := im.file.WriteAt(ctx, none[:], autoclearOffset, block.FUA); err != nil {
 			return nil, fmt.Errorf("clear autoclear features: %w", err)
 		}
 		h.Autoclear = 0
@@ -135,78 +151,110 @@ type noFlush struct{ *block.Edge }
 
 func (noFlush) Flush(context.Context) error { return nil }
 
-func makeImage(ctx context.Context, node *block.Node, file *block.Edge, h *Header, opts *Options, writable bool) (_ *image, err error) {
-	im := &image{
-		node: node, log: node.Graph().Log(), file: file,
-		writable: writable, header: h, size: h.Size, broken: opts.broken,
-		clusterBits: uint(h.ClusterBits), clusterSize: h.ClusterSize(),
-		l2Bits:  uint(h.ClusterBits) - 3,
-		badBits: l2Reserved | uint64(h.ClusterSize()-1)&offsetMask,
-		fixed:   newGuard(), tables: newGuard(),
-		dirtyL1: make(map[int64]struct{}), loading: make(map[uint32]chan struct{}),
-	}
+func makeNode(node *block.Node, file *block.Edge, host Host, broken orderingRule) *image {
+	im := &image{node: node, log: node.Graph().Log(), file: file, host: host, broken: broken}
 	im.allocated.L = &im.mu
 	im.reaper.changed.L = &im.reaper.pauseMu
 	im.reaper.wake = make(chan struct{}, 1)
-	im.sliceBits = min(im.l2Bits, maxSliceBits)
+	return im
+}
+
+// outline is the contents of an image as far as the header tells.
+func outline(h *Header) contents {
+	c := contents{
+		header: h, size: h.Size,
+		clusterBits: uint(h.ClusterBits), clusterSize: h.ClusterSize(),
+		l2Bits:  uint(h.ClusterBits) - 3,
+		badBits: l2Reserved | uint64(h.ClusterSize()-1)&offsetMask,
+	}
+	c.sliceBits = min(c.l2Bits, maxSliceBits)
 	if h.Version < 3 {
-		im.badBits |= entryZero
+		c.badBits |= entryZero
 	}
-	im.decompressed.init(h)
-	if im.info, err = Inspect(ctx, file, h); err != nil {
-		im.log.Warn("qcow2: the image cannot be described in full", "node", node.Name(), "error", err)
-	}
+	return c
+}
+
+// load reads what is needed to serve an image. The node is as before until [image.become].
+func (im *image) load(ctx context.Context, h *Header, opts *Options, writable bool) (c contents, info *Info, err error) {
+	c = outline(h)
+	c.writable = writable
+	c.fixed, c.tables = newGuard(), newGuard()
+	c.dirtyL1, c.loading = make(map[int64]struct{}), make(map[uint32]chan struct{})
+	c.decompressed = newClusterCache(h)
+	info = im.inspect(ctx, h)
 	cacheSize := opts.L2CacheSize
 	if cacheSize <= 0 || cacheSize > maxL2Cache {
 		cacheSize = maxL2Cache
 	}
-	slices := (h.Clusters(h.Size) + 1<<im.sliceBits - 1) >> im.sliceBits
-	if im.l2, err = newL2Cache(im.sliceBits, slices, cacheSize); err != nil {
-		return nil, err
-	}
+	slices := (h.Clusters(h.Size) + 1<<c.sliceBits - 1) >> c.sliceBits
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, im.releaseMemory())
+			err = errors.Join(err, c.release())
 		}
 	}()
-	im.maxDirty = min(1024, int64(len(im.l2.tags)))
-	if err := im.loadL1(ctx); err != nil {
-		return nil, err
+	if c.l2, err = newL2Cache(c.sliceBits, slices, cacheSize); err != nil {
+		return c, nil, err
+	}
+	c.maxDirty = min(1024, int64(len(c.l2.tags)))
+	if err := c.loadL1(ctx, im.file); err != nil {
+		return c, nil, err
 	}
 	if !writable {
-		return im, nil
+		return c, info, nil
 	}
 	refCache := opts.RefcountCacheSize
 	if refCache <= 0 {
 		refCache = defaultRefcountCache
 	}
-	im.refs = newRefcounts(file, h, refCache)
-	im.refs.dirty, im.refs.fixed, im.refs.tables, im.refs.corrupted = &im.dirty, im.fixed, im.tables, im.corrupted
-	if err := im.loadRefcountTable(ctx); err != nil {
-		return nil, err
+	c.refs = newRefcounts(im.file, h, refCache)
+	c.refs.dirty, c.refs.fixed, c.refs.tables, c.refs.corrupted = &im.dirty, c.fixed, c.tables, im.corrupted
+	if err := c.loadRefcountTable(ctx, im.file); err != nil {
+		return c, nil, err
 	}
-	return im, im.guardMetadata(ctx)
+	return c, info, c.guardMetadata(ctx, im.file)
+}
+
+// inspect describes the image as far as it can.
+func (im *image) inspect(ctx context.Context, h *Header) *Info {
+	info, err := Inspect(ctx, im.file, h)
+	if err != nil {
+		im.log.Warn("qcow2: the image cannot be described in full", "node", im.node.Name(), "error", err)
+	}
+	return info
+}
+
+// become makes c what the node serves. Nothing is in flight.
+func (im *image) become(c contents, info *Info) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.contents = c
+	f := &facts{size: c.size, clusterSize: c.clusterSize, backingFile: c.header.BackingFile, backingFormat: c.header.BackingFormat, info: info}
+	if c.l2 != nil {
+		f.l2Size = c.l2.size()
+	}
+	im.facts.Store(f)
 }
 
 // loadL1 reads the entries of the active L1 table that the disk's size needs.
-func (im *image) loadL1(ctx context.Context) (err error) {
-	n := im.header.L1Needed(im.size)
-	if im.l1, err = newWordArray(int(n)); err != nil {
+func (c *contents) loadL1(ctx context.Context, file *block.Edge) (err error) {
+	n := c.header.L1Needed(c.size)
+	if c.l1, err = newWordArray(int(n)); err != nil {
 		return err
 	}
-	err = readTable(ctx, im.file, im.header.L1Offset, n, func(i int64, entry uint64) { im.l1.w[i].Store(entry) })
+	err = readTable(ctx, file, c.header.L1Offset, n, func(i int64, entry uint64) { c.l1.w[i].Store(entry) })
 	if err != nil {
 		return fmt.Errorf("read L1 table: %w", err)
 	}
 	return nil
 }
 
-func (im *image) loadRefcountTable(ctx context.Context) error {
-	n := im.header.RefcountTableEntries()
-	im.refs.table = make([]uint64, n)
+func (c *contents) loadRefcountTable(ctx context.Context, file *block.Edge) error {
+	n := c.header.RefcountTableEntries()
+	c.refs.table = make([]uint64, n)
+	file.Debug(block.EventReftableLoad)
 	// Past the end of the file the table is empty.
-	there := min(n, max(0, im.file.Size()-im.header.RefcountTableOffset)/8)
-	err := readTable(ctx, im.file, im.header.RefcountTableOffset, there, func(i int64, entry uint64) { im.refs.table[i] = entry })
+	there := min(n, max(0, file.Size()-c.header.RefcountTableOffset)/8)
+	err := readTable(ctx, file, c.header.RefcountTableOffset, there, func(i int64, entry uint64) { c.refs.table[i] = entry })
 	if err != nil {
 		return fmt.Errorf("read refcount table: %w", err)
 	}
@@ -233,35 +281,35 @@ func readTable(ctx context.Context, r Reader, off, n int64, f func(i int64, entr
 // guardMetadata notes where metadata lies. Parts that overlap are refused: writing
 // one would destroy the other, and a refcount block in many places would make the
 // search for a free cluster endless.
-func (im *image) guardMetadata(ctx context.Context) error {
-	h := im.header
+func (c *contents) guardMetadata(ctx context.Context, file *block.Edge) error {
+	h := c.header
 	var err error
 	table := func(what string, off, n int64) {
-		first, n := off>>im.clusterBits, h.Clusters(n)
-		if err != nil || n == 0 || im.fixed.live >= maxGuarded {
+		first, n := off>>c.clusterBits, h.Clusters(n)
+		if err != nil || n == 0 || c.fixed.live >= maxGuarded {
 			return
 		}
-		if im.fixed.overlaps(first, n) >= 0 {
+		if c.fixed.overlaps(first, n) >= 0 {
 			err = corrupt("%s at 0x%x overlaps other metadata; use 'qemu-img check -r all' on a copy", what, off)
 			return
 		}
-		im.fixed.add(first, n)
+		c.fixed.add(first, n)
 	}
-	table("header", 0, im.clusterSize)
+	table("header", 0, c.clusterSize)
 	table("L1 table", h.L1Offset, int64(h.L1Size)*8)
-	table("refcount table", h.RefcountTableOffset, int64(h.RefcountTableClusters)<<im.clusterBits)
-	for _, entry := range im.refs.table {
+	table("refcount table", h.RefcountTableOffset, int64(h.RefcountTableClusters)<<c.clusterBits)
+	for _, entry := range c.refs.table {
 		if off := int64(entry & offsetMask); off != 0 {
-			table("refcount block", off, im.clusterSize)
+			table("refcount block", off, c.clusterSize)
 		}
 	}
-	snapshots, length, e := readSnapshots(ctx, im.file, h)
+	snapshots, length, e := readSnapshots(ctx, file, h)
 	if e != nil {
 		return e
 	}
 	table("snapshot table", h.SnapshotsOffset, length)
 	for i := range snapshots {
-		if err := snapshots[i].Validate(h, im.file.Size()); err != nil {
+		if err := snapshots[i].Validate(h, file.Size()); err != nil {
 			return err
 		}
 		table("L1 table of a snapshot", int64(snapshots[i].L1Offset), int64(snapshots[i].L1Size)*8)
@@ -269,9 +317,9 @@ func (im *image) guardMetadata(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for i := range im.l1.w {
-		if off := L1Entry(im.l1.w[i].Load()).Offset(); off != 0 {
-			im.tables.add(off>>im.clusterBits, 1)
+	for i := range c.l1.w {
+		if off := L1Entry(c.l1.w[i].Load()).Offset(); off != 0 {
+			c.tables.add(off>>c.clusterBits, 1)
 		}
 	}
 	return nil
@@ -287,4 +335,7 @@ var _ interface {
 	block.Quiescer
 	block.Inspector
 	block.Measurer
+	block.BackingFollower
+	block.Peeker
+	block.Reopener
 } = (*image)(nil)

@@ -66,6 +66,26 @@ func openDisk(t blocktest.TB, g *block.Graph, cfg *block.Config) *disk {
 	return d
 }
 
+func allow() error { return nil }
+
+func (d *disk) setActive(active bool) {
+	d.t.Helper()
+	if err := d.graph.SetActive(context.Background(), active, d.node); err != nil {
+		d.t.Fatalf("set active %t: %v", active, err)
+	}
+}
+
+// reopen gives the node other options; the backing node stays.
+func (d *disk) reopen(change func(c *block.Config)) error {
+	c := *d.node.ExplicitConfig()
+	c.Children = map[string]*block.Config{}
+	if e := d.node.Backing(); e != nil {
+		c.Children["backing"] = &block.Config{Ref: e.Node().Name()}
+	}
+	change(&c)
+	return d.graph.Reopen(context.Background(), block.ReopenRequest{Node: d.node, Config: &c, Force: true})
+}
+
 func (d *disk) open() {
 	d.t.Helper()
 	ctx := context.Background()
@@ -77,7 +97,7 @@ func (d *disk) open() {
 	if !d.cfg.ReadOnly {
 		perm |= block.PermWrite
 	}
-	r, err := d.graph.AttachRoot(ctx, block.RootConfig{User: "test", Node: n, Perm: perm, Shared: block.PermConsistentRead})
+	r, err := d.graph.AttachRoot(ctx, block.RootConfig{User: "test", Node: n, Perm: perm, Shared: block.PermConsistentRead, AllowInactive: allow})
 	if err != nil {
 		d.t.Fatalf("attach: %v", err)
 	}

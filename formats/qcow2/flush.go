@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/binary"
 	"slices"
+
+	"github.com/nbdserve/nbdserve/block"
 )
 
 // Metadata is written in rounds, one at a time. A round copies all changes at one
@@ -169,6 +171,14 @@ func (im *image) write(ctx context.Context, list []patch) error {
 	return nil
 }
 
+// writeEvent is write, and tells of it if there is anything.
+func (im *image) writeEvent(ctx context.Context, e block.DebugEvent, list []patch) error {
+	if len(list) > 0 {
+		im.file.Debug(e)
+	}
+	return im.write(ctx, list)
+}
+
 // A step is a part of a round.
 type step uint8
 
@@ -194,13 +204,13 @@ func (im *image) writeRound(ctx context.Context, r *round) error {
 		var err error
 		switch s {
 		case stepRefcounts:
-			err = im.write(ctx, r.refs)
+			err = im.writeEvent(ctx, block.EventRefblockUpdatePart, r.refs)
 		case stepRefcountTable:
-			err = im.write(ctx, r.table)
+			err = im.writeEvent(ctx, block.EventReftableUpdate, r.table)
 		case stepL2:
-			err = im.write(ctx, r.l2)
+			err = im.writeEvent(ctx, block.EventL2Update, r.l2)
 		case stepL1:
-			err = im.write(ctx, r.l1)
+			err = im.writeEvent(ctx, block.EventL1Update, r.l1)
 		case stepFlush:
 			err = im.file.Flush(ctx)
 		}

@@ -71,6 +71,7 @@ func (im *image) growRefcountTable(ctx context.Context, b int64) error {
 	}
 	tableOffset := (area.first + blocks) << im.clusterBits
 	list = append(list, patch{area.first << im.clusterBits, refs}, patch{tableOffset, raw})
+	im.file.Debug(block.EventReftableGrow)
 	if err := im.write(ctx, list); err != nil {
 		return err
 	}

@@ -27,29 +27,16 @@ import (
 // decompressed.mu is on its own.
 type image struct {
 	// Constant after open.
-	node        *block.Node
-	log         *slog.Logger
-	file        *block.Edge
-	writable    bool
-	header      *Header // but for the refcount table's place, which mu guards
-	info        *Info
-	size        int64
-	clusterBits uint
-	clusterSize int64
-	l2Bits      uint   // log2 of entries in an L2 table
-	sliceBits   uint   // log2 of entries in a slice of one
-	badBits     uint64 // bits that must not be set in an entry that is not compressed
-	maxDirty    int64  // dirty items from which on writers write metadata themselves
-	broken      orderingRule
+	node   *block.Node
+	log    *slog.Logger
+	file   *block.Edge
+	host   Host
+	broken orderingRule
 
-	l1           wordArray // active L1 table; written under mu
-	l2           *l2Cache
-	decompressed clusterCache
-	fatal        atomic.Pointer[error] // fatal corruption: what every request returns
-	dirty        atomic.Int64          // metadata items changed or being written
-
-	// fixed knows the metadata of the image but for active L2 tables, which tables knows.
-	fixed, tables *guard
+	contents                       // changes only with nothing in flight
+	facts    atomic.Pointer[facts] // what is told of contents at any time
+	fatal    atomic.Pointer[error] // what every request returns: fatal corruption was found, or the node is inactive
+	dirty    atomic.Int64          // metadata items changed or being written
 
 	hits, misses, allocations block.Counter
 
@@ -58,10 +45,7 @@ type image struct {
 	completed int64        // last round that succeeded; guarded by flushMu
 
 	mu        sync.Mutex
-	refs      *refcounts
-	dirtyL1   map[int64]struct{}
-	barrier   bool                     // L2 changes depend on data or refcounts that were not flushed
-	loading   map[uint32]chan struct{} // slices being read; closed at the end
+	barrier   bool // L2 changes depend on data or refcounts that were not flushed
 	inflight  []*allocation
 	allocated sync.Cond // an allocation in flight ended
 	limbo     limbo
@@ -69,19 +53,62 @@ type image struct {
 	reaper reaper
 }
 
+// contents is what a node knows of its image while it is active, all of it read from
+// the file by [image.load].
+type contents struct {
+	writable    bool
+	header      *Header // but for the refcount table's place, which mu guards
+	size        int64
+	clusterBits uint
+	clusterSize int64
+	l2Bits      uint   // log2 of entries in an L2 table
+	sliceBits   uint   // log2 of entries in a slice of one
+	badBits     uint64 // bits that must not be set in an entry that is not compressed
+	maxDirty    int64  // dirty items from which on writers write metadata themselves
+
+	l1           wordArray // active L1 table; written under mu
+	l2           *l2Cache
+	decompressed *clusterCache
+
+	// fixed knows the metadata of the image but for active L2 tables, which tables knows.
+	fixed, tables *guard
+
+	// Guarded by mu.
+	refs    *refcounts
+	dirtyL1 map[int64]struct{}
+	loading map[uint32]chan struct{} // slices being read; closed at the end
+}
+
+// release gives the tables' memory back.
+func (c *contents) release() error {
+	err := c.l1.free()
+	if c.l2 != nil {
+		err = errors.Join(err, c.l2.entries.free())
+	}
+	return err
+}
+
+// facts are what callers may ask for at any time. They are never changed.
+type facts struct {
+	size, clusterSize          int64
+	l2Size                     int64 // of the cache
+	backingFile, backingFormat string
+	info                       *Info
+}
+
 // backing is what clusters that are not allocated are read from, nil for zeroes.
 func (im *image) backing() *block.Edge { return im.node.Backing() }
 
-func (im *image) Size() int64 { return im.size }
+func (im *image) Size() int64 { return im.facts.Load().size }
 
 func (im *image) Limits() block.Limits {
-	file := im.file.Limits()
+	file, clusterSize := im.file.Limits(), im.facts.Load().clusterSize
 	l := block.Limits{
 		RequestAlignment:  1,
 		MemAlignment:      file.MemAlignment,
-		PreferredTransfer: im.clusterSize,
-		DiscardAlignment:  im.clusterSize,
-		ZeroAlignment:     im.clusterSize,
+		PreferredTransfer: clusterSize,
+		DiscardAlignment:  clusterSize,
+		ZeroAlignment:     clusterSize,
 		WriteFlags:        block.FUA,
 		ZeroFlags:         block.FUA | block.MayUnmap | block.NoFallback,
 		LogicalBlockSize:  file.LogicalBlockSize,
@@ -92,7 +119,7 @@ func (im *image) Limits() block.Limits {
 }
 
 // Inspect implements [block.Inspector].
-func (im *image) Inspect() any { return im.info }
+func (im *image) Inspect() any { return im.facts.Load().info }
 
 // Measurements implements [block.Measurer].
 func (im *image) Measurements() []block.Measurement {
@@ -109,13 +136,13 @@ func (im *image) Measurements() []block.Measurement {
 		counter("l2_cache_hits_total", "Lookups of clusters that the L2 cache answered.", &im.hits),
 		counter("l2_cache_misses_total", "Lookups of clusters that had to read an L2 table.", &im.misses),
 		counter("allocations_total", "Host clusters allocated.", &im.allocations),
-		gauge("l2_cache_bytes", "Size of the L2 cache.", im.l2.size()),
+		gauge("l2_cache_bytes", "Size of the L2 cache.", im.facts.Load().l2Size),
 		gauge("metadata_dirty", "Pieces of metadata that are not written yet.", im.dirty.Load()),
 		gauge("limbo_bytes", "Freed host clusters that cannot be reused yet.", limbo),
 	}
 }
 
-// failed returns the error of fatal corruption, if any was found.
+// failed returns why the node serves no requests, if it does not.
 func (im *image) failed() error {
 	if e := im.fatal.Load(); e != nil {
 		return *e
@@ -159,7 +186,7 @@ func (im *image) Close(ctx context.Context) error {
 			err = im.finish(ctx)
 		}
 	}
-	return errors.Join(err, im.releaseMemory())
+	return errors.Join(err, im.release())
 }
 
 // finish brings the file to rest. Nothing is in flight.
@@ -173,6 +200,3 @@ func (im *image) finish(ctx context.Context) error {
 	}
 	return errors.Join(err, im.flushMetadata(ctx))
 }
-
-// releaseMemory gives the tables' memory back.
-func (im *image) releaseMemory() error { return errors.Join(im.l1.free(), im.l2.entries.free()) }

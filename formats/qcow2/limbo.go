@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/nbdserve/nbdserve/block"
 )
 
 const (
@@ -63,6 +65,7 @@ func (l *limbo) putBack(list []extent) {
 
 // free gives up a reference to each cluster of e. im.mu is held.
 func (im *image) free(e extent) {
+	im.file.Debug(block.EventClusterFree)
 	if im.broken&ruleRemoveFirst != 0 {
 		im.dropNow(e)
 		return
@@ -92,6 +95,12 @@ func (im *image) nextBatch() []extent {
 		return nil
 	}
 	return im.limbo.ready[0]
+}
+
+// isNext tells whether batch is still the oldest.
+func (im *image) isNext(batch []extent) bool {
+	next := im.nextBatch()
+	return next != nil && &next[0] == &batch[0]
 }
 
 // reclaim lowers the refcounts of the oldest batch, whose grace has passed.
@@ -217,10 +226,17 @@ func (im *image) wakeReaper() {
 	}
 }
 
+// startReaper starts the background work of a writable image.
 func (im *image) startReaper() {
+	if !im.writable {
+		return
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	r := &im.reaper
 	r.stop = stop
+	r.pauseMu.Lock()
+	r.stopped = false
+	r.pauseMu.Unlock()
 	r.done = make(chan struct{})
 	go im.reap(ctx)
 }
@@ -237,6 +253,7 @@ func (im *image) stopReaper() {
 	r.changed.Broadcast()
 	r.pauseMu.Unlock()
 	<-r.done
+	r.stop = nil
 }
 
 // DrainBegin implements [block.Quiescer].
@@ -298,6 +315,9 @@ func (im *image) reap(ctx context.Context) {
 				return
 			}
 			im.reaper.work(func() {
+				if !im.isNext(b) {
+					return // it was reclaimed while this was paused
+				}
 				if err := im.reclaim(context.Background(), b); err != nil {
 					im.log.Warn("qcow2: freed clusters leak", "node", im.node.Name(), "error", err)
 				}

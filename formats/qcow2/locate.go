@@ -32,10 +32,11 @@ func (im *image) Locate(shard block.Shard, off, n int64) block.Location {
 		}
 		there := im.backing().Size() - off
 		if there <= 0 {
-			return block.Location{Kind: block.LocateZero, Length: m.length}
+			return block.Location{Kind: block.LocateZero, Length: m.length, Depth: 1}
 		}
 		l := im.backing().Locate(shard, off, min(m.length, there))
 		l.Stable = false
+		l.Depth++
 		return l
 	}
 	ask.Length = m.length

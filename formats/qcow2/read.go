@@ -2,6 +2,8 @@ package qcow2
 
 import (
 	"context"
+
+	"github.com/nbdserve/nbdserve/block"
 )
 
 // ReadAt implements [block.Instance].
@@ -25,6 +27,7 @@ func (im *image) ReadAt(ctx context.Context, p []byte, off int64) error {
 func (im *image) readMapped(ctx context.Context, p []byte, off int64, m mapping) error {
 	switch m.kind {
 	case ClusterData:
+		im.file.Debug(block.EventReadAIO)
 		return im.readHost(ctx, p, m.host)
 	case ClusterCompressed:
 		data, err := im.decompressed.get(ctx, im, m.entry)
@@ -50,6 +53,7 @@ func (im *image) readBacking(ctx context.Context, p []byte, off int64) error {
 	if there == 0 {
 		return nil
 	}
+	im.file.Debug(block.EventReadBackingAIO)
 	return im.backing().ReadAt(ctx, p[:there], off)
 }
 

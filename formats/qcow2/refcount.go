@@ -123,6 +123,7 @@ func (r *refcounts) slice(ctx context.Context, i int64) (*refSlice, error) {
 	if err := r.room(); err != nil {
 		return nil, err
 	}
+	r.file.Debug(block.EventRefblockLoad)
 	s := &refSlice{data: make([]byte, r.sliceBytes), used: r.tick}
 	off = r.sliceOffset(i, off)
 	there := min(r.sliceBytes, max(0, r.file.Size()-off))
@@ -207,6 +208,7 @@ func (r *refcounts) claim(e extent) (fresh bool, err error) {
 // fresh is that of claim. It returns errCacheFull or a *tableFullError, having
 // taken nothing, where that has to be mended first.
 func (r *refcounts) alloc(ctx context.Context, want int64) (e extent, fresh bool, err error) {
+	r.file.Debug(block.EventClusterAlloc)
 	for {
 		c, s, err := r.find(ctx)
 		if err != nil {
@@ -329,6 +331,7 @@ func (r *refcounts) newBlock(ctx context.Context, b int64) error {
 	if _, err := r.claim(extent{cluster, 1}); err != nil {
 		return err
 	}
+	r.file.Debug(block.EventRefblockAlloc)
 	if err := r.file.WriteZeroes(ctx, off, 1<<r.clusterBits, 0); err != nil {
 		return err
 	}

@@ -45,6 +45,7 @@ func (im *image) WriteAt(ctx context.Context, p []byte, off int64, flags block.R
 		n := m.length
 		if m.kind == ClusterData && m.copied {
 			if err = im.mayWrite(m.host, n); err == nil {
+				im.file.Debug(block.EventWriteAIO)
 				err = im.file.WriteAt(ctx, p[:n], m.host, flags&block.FUA)
 			}
 		} else {
@@ -287,6 +288,7 @@ func (im *image) fill(ctx context.Context, a *allocation, p []byte, off int64) e
 	headLen, tailLen := off-start, end-off-int64(len(p))
 	host := a.host
 	if headLen == 0 && tailLen == 0 {
+		im.file.Debug(block.EventWriteAIO)
 		return im.file.WriteAt(ctx, p, host, 0)
 	}
 	zeroHost := a.fresh
@@ -312,11 +314,13 @@ func (im *image) fill(ctx context.Context, a *allocation, p []byte, off int64) e
 		if err := im.readOld(ctx, buf[headLen+int64(len(p)):], off+int64(len(p))); err != nil {
 			return err
 		}
+		im.file.Debug(block.EventWriteAIO)
 		return im.file.WriteAt(ctx, buf, host, 0)
 	}
 	if err := im.copyOld(ctx, off-headLen, headLen, host, a.head); err != nil {
 		return err
 	}
+	im.file.Debug(block.EventWriteAIO)
 	if err := im.file.WriteAt(ctx, p, host+headLen, 0); err != nil {
 		return err
 	}
@@ -327,6 +331,9 @@ func (im *image) fill(ctx context.Context, a *allocation, p []byte, off int64) e
 func (im *image) readOld(ctx context.Context, p []byte, off int64) error {
 	there := min(int64(len(p)), max(0, im.size-off))
 	clear(p[there:])
+	if there > 0 {
+		im.file.Debug(block.EventCowRead)
+	}
 	return im.ReadAt(ctx, p[:there], off)
 }
 
@@ -345,6 +352,7 @@ func (im *image) copyOld(ctx context.Context, off, n, host int64, zero bool) err
 		if err := im.readOld(ctx, part, off); err != nil {
 			return err
 		}
+		im.file.Debug(block.EventCowWrite)
 		if err := im.file.WriteAt(ctx, part, host, 0); err != nil {
 			return err
 		}

@@ -108,7 +108,7 @@ func (im *image) unmap(ctx context.Context, first, last int64, must bool) error 
 			}
 		}
 		end := min(last, (first>>im.l2Bits+1)<<im.l2Bits)
-		if im.l1.w[first>>im.l2Bits].Load()&offsetMask == 0 && im.backingEnds(first<<im.clusterBits) {
+		if im.l1.w[first>>im.l2Bits].Load()&offsetMask == 0 && im.staysZero(first, must) {
 			// No table, so zeroes already. A write may make one at any moment, but then it came after.
 			first = end
 			continue
@@ -120,6 +120,13 @@ func (im *image) unmap(ctx context.Context, first, last int64, must bool) error 
 		first = end
 	}
 	return nil
+}
+
+// staysZero tells whether an unallocated guest cluster may be left so. One past the end
+// of a backing file reads as zero, but if it must do so it should with another backing
+// file, too.
+func (im *image) staysZero(cluster int64, must bool) bool {
+	return im.backing() == nil || !must && im.backingEnds(cluster<<im.clusterBits)
 }
 
 // unmapSlice is unmap for guest clusters of one slice.
@@ -148,7 +155,7 @@ func (im *image) unmapSlice(ctx context.Context, first, last int64, must bool) e
 			case kind == clusterInvalid && must:
 				return im.corrupted(fmt.Errorf("guest cluster at offset %d: %w", c<<im.clusterBits, L2Entry(old).Check(im.header)))
 			case kind == ClusterZero, kind == clusterInvalid,
-				kind == ClusterUnallocated && im.backingEnds(c<<im.clusterBits):
+				kind == ClusterUnallocated && im.staysZero(c, must):
 				continue
 			case kind == ClusterUnallocated:
 			case !im.mayFree():

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"sync/atomic"
 
 	"github.com/nbdserve/nbdserve/block"
 )
@@ -29,6 +30,7 @@ func Driver(probe func(head []byte) string) *block.Driver {
 	return &block.Driver{
 		Name:       "raw",
 		Kind:       block.Format,
+		Mutable:    []string{"offset", "size"},
 		NewOptions: func() any { return new(Options) },
 		Open: func(ctx context.Context, o *block.Opening) (block.Instance, error) {
 			n, err := open(ctx, o, probe)
@@ -40,11 +42,10 @@ func Driver(probe func(head []byte) string) *block.Driver {
 	}
 }
 
-// A node is an open image. All its fields but the edge's state are fixed.
+// A node is an open image.
 type node struct {
 	file   *block.Edge
-	offset int64
-	size   int64                    // 0: up to the end of the file
+	window atomic.Pointer[Options]  // changes only with nothing in flight
 	probe  func(head []byte) string // nil: the first sector may become anything
 }
 
@@ -56,6 +57,7 @@ var (
 	_ block.Locator        = (*node)(nil)
 	_ block.Prefetcher     = (*node)(nil)
 	_ block.Truncater      = (*node)(nil)
+	_ block.Reopener       = (*node)(nil)
 )
 
 func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*node, error) {
@@ -63,8 +65,8 @@ func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*no
 	if !ok {
 		return nil, fmt.Errorf("the 'raw' block driver takes options of type *raw.Options, not %T", o.Config.Options)
 	}
-	if opts.Offset < 0 || opts.Size < 0 {
-		return nil, fmt.Errorf("Offset (%d) and size (%d) cannot be negative: %w", opts.Offset, opts.Size, block.ErrInvalid)
+	if err := opts.check(); err != nil {
+		return nil, err
 	}
 	role := block.RoleFiltered | block.RolePrimary
 	if *opts != (Options{}) {
@@ -74,38 +76,55 @@ func open(ctx context.Context, o *block.Opening, probe func([]byte) string) (*no
 	if err != nil {
 		return nil, err
 	}
-	size := file.Size()
-	if opts.Offset > size {
-		return nil, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", opts.Offset, size)
+	if err := opts.inside(file.Size()); err != nil {
+		return nil, err
 	}
-	if opts.Size > size-opts.Offset {
-		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the actual size of the containing file (%d)",
-			opts.Offset, opts.Size, size)
-	}
-	n := &node{file: file, offset: opts.Offset, size: opts.Size}
+	n := &node{file: file}
+	n.window.Store(opts)
 	if o.Config.Probed {
 		n.probe = probe
 	}
 	return n, nil
 }
 
+func (o *Options) check() error {
+	if o.Offset < 0 || o.Size < 0 {
+		return fmt.Errorf("Offset (%d) and size (%d) cannot be negative: %w", o.Offset, o.Size, block.ErrInvalid)
+	}
+	return nil
+}
+
+// inside checks the window against the size of the file.
+func (o *Options) inside(size int64) error {
+	if o.Offset > size {
+		return fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", o.Offset, size)
+	}
+	if o.Size > size-o.Offset {
+		return fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the actual size of the containing file (%d)",
+			o.Offset, o.Size, size)
+	}
+	return nil
+}
+
+func (n *node) offset() int64 { return n.window.Load().Offset }
+
 // Limits implements [block.Instance]. They are the child's, as seen through the window.
 func (n *node) Limits() block.Limits {
 	l := n.file.Limits()
 	// The child's seam takes what flags and alignments there are, and pads.
-	l.WriteFlags = block.FUA
-	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback
-	if n.offset%l.RequestAlignment != 0 {
-		l.RequestAlignment = n.offset & -n.offset
+	l.WriteFlags = block.FUA | block.WriteUnchanged
+	l.ZeroFlags = block.FUA | block.MayUnmap | block.NoFallback | block.WriteUnchanged
+	if n.offset()%l.RequestAlignment != 0 {
+		l.RequestAlignment = n.offset() & -n.offset()
 	}
 	if n.probe != nil {
 		l.RequestAlignment = max(l.RequestAlignment, probeSize)
 	}
 	// Guest blocks do not fall on blocks of the device.
-	if n.offset%max(1, l.DiscardAlignment) != 0 {
+	if n.offset()%max(1, l.DiscardAlignment) != 0 {
 		l.DiscardAlignment = 0
 	}
-	if n.offset%max(1, l.ZeroAlignment) != 0 {
+	if n.offset()%max(1, l.ZeroAlignment) != 0 {
 		l.ZeroAlignment = 0
 	}
 	return l
@@ -113,10 +132,11 @@ func (n *node) Limits() block.Limits {
 
 // Size implements [block.Instance].
 func (n *node) Size() int64 {
-	if n.size > 0 {
-		return n.size
+	w := n.window.Load()
+	if w.Size > 0 {
+		return w.Size
 	}
-	return max(0, n.file.Size()-n.offset)
+	return max(0, n.file.Size()-w.Offset)
 }
 
 // Flush implements [block.Instance].
@@ -140,8 +160,8 @@ func (n *node) room(off, length int64) (int64, error) {
 	if off+length <= (n.Size()+a-1)&^(a-1) {
 		return inside, nil
 	}
-	if n.size > 0 {
-		return 0, fmt.Errorf("the image is a window of fixed size, %d bytes: %w", n.size, block.ErrNoSpace)
+	if n.window.Load().Size > 0 {
+		return 0, fmt.Errorf("the image is a window of fixed size, %d bytes: %w", n.window.Load().Size, block.ErrNoSpace)
 	}
 	return length, nil
 }
@@ -153,7 +173,8 @@ func (n *node) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if inside == 0 {
 		return nil
 	}
-	return n.file.ReadAt(ctx, p[:inside], n.offset+off)
+	n.file.Debug(block.EventReadAIO)
+	return n.file.ReadAt(ctx, p[:inside], n.offset()+off)
 }
 
 // WriteAt implements [block.Instance].
@@ -168,7 +189,8 @@ func (n *node) WriteAt(ctx context.Context, p []byte, off int64, flags block.Req
 	if err != nil || inside == 0 {
 		return err
 	}
-	return n.file.WriteAt(ctx, p[:inside], n.offset+off, flags)
+	n.file.Debug(block.EventWriteAIO)
+	return n.file.WriteAt(ctx, p[:inside], n.offset()+off, flags)
 }
 
 // A probeError refuses a write that would turn a guessed raw image into something else.
@@ -186,7 +208,7 @@ func (n *node) WriteZeroes(ctx context.Context, off, length int64, flags block.R
 	if err != nil || inside == 0 {
 		return err
 	}
-	return n.file.WriteZeroes(ctx, n.offset+off, inside, flags)
+	return n.file.WriteZeroes(ctx, n.offset()+off, inside, flags)
 }
 
 // Discard implements [block.Discarder].
@@ -195,17 +217,17 @@ func (n *node) Discard(ctx context.Context, off, length int64) error {
 	if inside == 0 {
 		return nil
 	}
-	return n.file.Discard(ctx, n.offset+off, inside)
+	return n.file.Discard(ctx, n.offset()+off, inside)
 }
 
 // Prefetch implements [block.Prefetcher].
 func (n *node) Prefetch(ctx context.Context, off, length int64) error {
-	return n.file.Prefetch(ctx, n.offset+off, n.clip(off, length))
+	return n.file.Prefetch(ctx, n.offset()+off, n.clip(off, length))
 }
 
 // BlockStatus implements [block.StatusReporter]. Where the data lies is what the file says.
 func (n *node) BlockStatus(ctx context.Context, off, length int64, precise bool) (block.Extent, error) {
-	x, err := n.file.BlockStatus(ctx, n.offset+off, length, precise)
+	x, err := n.file.BlockStatus(ctx, n.offset()+off, length, precise)
 	// The end of the file need not be the end of the image; the seam knows that one.
 	x.Flags &^= block.StatusEOF
 	return x, err
@@ -213,16 +235,50 @@ func (n *node) BlockStatus(ctx context.Context, off, length int64, precise bool)
 
 // Locate implements [block.Locator].
 func (n *node) Locate(shard block.Shard, off, length int64) block.Location {
-	return n.file.Locate(shard, n.offset+off, length)
+	return n.file.Locate(shard, n.offset()+off, length)
 }
 
 // Truncate implements [block.Truncater]. A window of fixed size keeps it.
 func (n *node) Truncate(ctx context.Context, size int64) error {
-	if n.size > 0 {
+	if n.window.Load().Size > 0 {
 		return fmt.Errorf("Cannot resize fixed-size raw disks: %w", block.ErrNotSupported)
 	}
-	if size > math.MaxInt64-n.offset {
+	if size > math.MaxInt64-n.offset() {
 		return fmt.Errorf("Disk size too large for this driver: %w", block.ErrRange)
 	}
-	return n.file.Truncate(ctx, n.offset+size)
+	return n.file.Truncate(ctx, n.offset()+size)
 }
+
+// PrepareReopen implements [block.Reopener]. A window can move and change its size. The
+// whole file stays the whole file, because what the node is to it is fixed.
+func (n *node) PrepareReopen(_ context.Context, r *block.Reopening) (block.Switch, error) {
+	was, now := n.window.Load(), r.Config.Options.(*Options)
+	if err := now.check(); err != nil {
+		return nil, err
+	}
+	if whole := (Options{}); (*now == whole) != (*was == whole) {
+		if now.Offset != was.Offset {
+			return nil, block.CannotChange("offset")
+		}
+		return nil, block.CannotChange("size")
+	}
+	return &move{n, was, now}, nil
+}
+
+// A move gives a node another window.
+type move struct {
+	node     *node
+	was, now *Options
+}
+
+// Apply implements [block.Switch].
+func (m *move) Apply(context.Context) error {
+	m.node.window.Store(m.now)
+	return m.now.inside(m.node.file.Size())
+}
+
+// Commit implements [block.Switch].
+func (m *move) Commit() {}
+
+// Abort implements [block.Switch].
+func (m *move) Abort() { m.node.window.Store(m.was) }

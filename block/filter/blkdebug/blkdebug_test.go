@@ -14,6 +14,7 @@ import (
 	"github.com/nbdserve/nbdserve/block"
 	"github.com/nbdserve/nbdserve/block/blocktest"
 	"github.com/nbdserve/nbdserve/block/filter/blkdebug"
+	"github.com/nbdserve/nbdserve/formats/qcow2"
 )
 
 var ctx = context.Background()
@@ -257,6 +258,61 @@ func TestG27BreakpointsReachTheDebuggerBelow(t *testing.T) {
 		t.Errorf("a graph without blkdebug has %T", d)
 	}
 	if err := g.Release(ctx, n); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestG27AnImageMeetsTheErrors: events of qcow2 reach the node below it.
+func TestG27AnImageMeetsTheErrors(t *testing.T) {
+	g := blocktest.NewGraph(t, blkdebug.Driver(), qcow2.Driver(qcow2.Host{}))
+	file := blocktest.MemoryConfig(blocktest.NewStore(0))
+	raw, err := g.Open(ctx, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := g.AttachRoot(ctx, block.RootConfig{User: "create", Node: raw, Perm: block.PermConsistentRead | block.PermWrite | block.PermResize})
+	if err := errors.Join(err, g.Release(ctx, raw)); err != nil {
+		t.Fatal(err)
+	}
+	err = qcow2.Create(ctx, r, qcow2.CreateOptions{Size: 1 << 20})
+	if err := errors.Join(err, r.Detach(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	o := &blkdebug.Options{InjectError: []blkdebug.InjectError{
+		{Event: block.EventL2Update, IOType: blkdebug.Write, Errno: int64(syscall.ENOSPC), Once: true},
+		{Event: block.EventReadAIO, IOType: blkdebug.Read, Once: true},
+	}}
+	n, err := g.Open(ctx, &block.Config{Driver: "qcow2", Unmap: true, Children: map[string]*block.Config{"file": config(o, file)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err = g.AttachRoot(ctx, block.RootConfig{User: "test", Node: n, Perm: block.PermConsistentRead | block.PermWrite}); err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Repeat([]byte{7}, 4096)
+	got := make([]byte, 4096)
+	for _, c := range []struct {
+		what  string
+		do    func(context.Context) error
+		fails error
+	}{
+		{"write", func(ctx context.Context) error { return r.WriteAt(ctx, want, 0, 0) }, nil},
+		{"flush", r.Flush, syscall.ENOSPC},
+		{"flush", r.Flush, nil},
+		{"read", func(ctx context.Context) error { return r.ReadAt(ctx, got, 0) }, syscall.EIO},
+		{"read", func(ctx context.Context) error { return r.ReadAt(ctx, got, 0) }, nil},
+	} {
+		if err := r.Do(ctx, c.do); !errors.Is(err, c.fails) {
+			t.Errorf("%s: %v, want %v", c.what, err, c.fails)
+		}
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("wrong data")
+	}
+	if n.Debugger() == nil {
+		t.Errorf("breakpoints of the image do not reach the node below")
+	}
+	if err := errors.Join(r.Detach(ctx), g.Release(ctx, n)); err != nil {
 		t.Error(err)
 	}
 }
