@@ -37,12 +37,15 @@ func TestG21G22UnderLoad(t *testing.T) {
 		trees = append(trees, tr)
 	}
 	stop := make(chan struct{})
-	var writers, changers sync.WaitGroup
+	var writers, changers, begun sync.WaitGroup // begun: all writers have written something
 	const writersEach = 2
 	last := make([][writersEach]uint64, len(trees))
+	begun.Add(len(trees) * writersEach)
 	for i, tr := range trees {
 		for w := range writersEach {
 			writers.Go(func() {
+				first := sync.OnceFunc(begun.Done)
+				defer first()
 				p := make([]byte, 8)
 				for n := uint64(1); ; n++ {
 					select {
@@ -54,6 +57,7 @@ func TestG21G22UnderLoad(t *testing.T) {
 					err := tr.root.Do(ctx, func(ctx context.Context) error { return tr.root.WriteAt(ctx, p, int64(w)*4096, 0) })
 					if err == nil {
 						last[i][w] = n
+						first()
 					} else if !errors.Is(err, syscall.EPERM) {
 						t.Errorf("write: %v", err)
 						return
@@ -62,6 +66,7 @@ func TestG21G22UnderLoad(t *testing.T) {
 			})
 		}
 		changers.Go(func() {
+			begun.Wait()
 			rng := rand.New(rand.NewPCG(7, uint64(i)))
 			for range 150 {
 				op := []blocktest.Op{blocktest.OpInactivate, blocktest.OpActivate, blocktest.OpReopen, blocktest.OpApply}[rng.IntN(4)]
