@@ -37,13 +37,15 @@ func TestG21G22UnderLoad(t *testing.T) {
 		trees = append(trees, tr)
 	}
 	stop := make(chan struct{})
-	var writers, begun, changers sync.WaitGroup
+	var writers, changers, begun sync.WaitGroup // begun: all writers have written something
 	const writersEach = 2
 	last := make([][writersEach]uint64, len(trees))
+	begun.Add(len(trees) * writersEach)
 	for i, tr := range trees {
 		for w := range writersEach {
-			begun.Add(1)
 			writers.Go(func() {
+				first := sync.OnceFunc(begun.Done)
+				defer first()
 				p := make([]byte, 8)
 				for n := uint64(1); ; n++ {
 					select {
@@ -54,10 +56,8 @@ func TestG21G22UnderLoad(t *testing.T) {
 					binary.LittleEndian.PutUint64(p, n)
 					err := tr.root.Do(ctx, func(ctx context.Context) error { return tr.root.WriteAt(ctx, p, int64(w)*4096, 0) })
 					if err == nil {
-						if last[i][w] == 0 {
-							begun.Done()
-						}
 						last[i][w] = n
+						first()
 					} else if !errors.Is(err, syscall.EPERM) {
 						t.Errorf("write: %v", err)
 						return

@@ -175,6 +175,37 @@ func TestG14VetoAbortsTheChecksBeforeIt(t *testing.T) {
 	detach(t, attach(t, n, "x", rd|wr, rd))
 }
 
+// A driver that cannot let go of a lock keeps it; whoever asks for less gets that.
+func TestG14LooseningIsNeverRefused(t *testing.T) {
+	g := newGraph(t)
+	ev := new(events)
+	refuse := false
+	c := node("n", ev)
+	c.Options.(*nodeOptions).veto = func(block.Perm, block.Perm) error {
+		if refuse {
+			return syscall.EIO
+		}
+		return nil
+	}
+	n := opened(t, g, c)
+	reader, writer := attach(t, n, "reader", rd, all), attach(t, n, "writer", rd|wr, rd)
+	refuse = true
+	before := dump(g)
+	_, err := g.AttachRoot(ctx, block.RootConfig{User: "another", Node: n, Perm: rd, Shared: 0})
+	wantError(t, err, block.ErrBusy) // the graph forbids it
+	_, err = g.AttachRoot(ctx, block.RootConfig{User: "another", Node: n, Perm: rd | wu, Shared: all})
+	wantError(t, err, block.ErrBusy)
+	unchanged(t, g, before)
+	ev.take()
+	detach(t, writer)
+	perms := fmt.Sprintf("%d/%d", rd, all)
+	wantEvents(t, ev, "flush n", "check n "+perms) // and no set: it keeps what it has
+	_, err = g.AttachRoot(ctx, block.RootConfig{User: "another", Node: n, Perm: rd, Shared: rd})
+	wantError(t, err, syscall.EIO) // more than before can be refused
+	detach(t, reader)
+	verify(t, g)
+}
+
 func TestG14NoDriverIsAskedForWhatTheGraphForbids(t *testing.T) {
 	g := newGraph(t)
 	ev := new(events)

@@ -479,6 +479,9 @@ func TestG17OpeningInsideTheSectionIsWaitedFor(t *testing.T) {
 	flushes.Release(1)
 	for base.Quiesced() > 0 {
 	}
+	if over.Backing() != nil {
+		t.Errorf("the change was made under a node that is being opened")
+	}
 	opens.ReleaseAll()
 	flushes.ReleaseAll()
 	n := <-late
