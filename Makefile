@@ -43,13 +43,15 @@ test-long: go deps lint build cross
 	@scripts/fuzz.sh 300
 
 unit:
-	go test -race -timeout 20m ./...
+	go test -race -timeout 45m ./...
 
 cross:
 	GOARCH=arm64 CGO_ENABLED=0 go build -o /dev/null ./cmd/nbdserve
 	GOARCH=arm64 CGO_ENABLED=0 go vet ./...
 
 bench: build deps
+	go build -o bin/nbdload ./bench/nbdload
+	bench/nbdbench.py --nbdserve $(BIN) --client bin/nbdload $(BENCHFLAGS)
 	bench/nbdbench.py --nbdserve $(BIN) $(BENCHFLAGS)
 
 lint: go

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Times NBD servers in turn on the same image with the same client (fio's nbd engine).
+"""Times NBD servers in turn on the same image with the same client: fio's nbd engine, or bench/nbdload, which costs less
+of a processor, so that the server is what is measured.
 
   nbdbench.py --nbdserve bin/nbdserve [--peers qemu-nbd,nbdkit] [--dirs DIR,...] [--formats raw,qcow2]
-              [--transports unix,tcp] [--work NAME,...] [-n RUNS] [--secs S] [--size MIB] [--json FILE] [--markdown FILE]
+              [--transports unix,tcp] [--client fio | --client BINARY-OF-NBDLOAD] [--work NAME,...] [-n RUNS] [--secs S] [--size MIB] [--json FILE] [--markdown FILE]
   nbdbench.py --list
 
 Runs of the servers are interleaved, so that a change of the machine's mood hits them all; the medians are printed, with
@@ -79,7 +80,19 @@ def wait_for(server, name, transport, sock, port, stderr):
     sys.exit(f"{name} takes no connection after {START_SECONDS} s")
 
 
-def run(name, command, image, fmt, transport, spec, secs):
+def load(client, where, spec, secs):
+    """Runs nbdload, which takes random requests of one connection only."""
+    size = {"4k": 4096, "16k": 16384, "64k": 65536}[spec["bs"]]
+    argv = [client, "-depth", str(spec["iodepth"]), "-bs", str(size), "-secs", str(secs)]
+    if spec["rw"] == "randwrite":
+        argv.append("-write")
+    out = subprocess.run(argv + [where], capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"nbdload failed: {out.stderr[-500:]}")
+    return float(out.stdout)
+
+
+def run(name, command, image, fmt, transport, spec, secs, client):
     with tempfile.TemporaryDirectory(prefix="nbdbench-") as directory, tempfile.TemporaryFile("w+") as stderr:
         sock, port = os.path.join(directory, "s"), free_port()
         argv = shlex.split(command.format(sock=sock, port=port, image=image, format=fmt))
@@ -88,6 +101,10 @@ def run(name, command, image, fmt, transport, spec, secs):
             wait_for(server, name, transport, sock, port, stderr)
             uri = f"nbd+unix:///?socket={sock}" if transport == "unix" else f"nbd://127.0.0.1:{port}/"
             before = cpu_seconds(server.pid)
+            if client != "fio":
+                iops = load(client, f"unix:{sock}" if transport == "unix" else f"tcp:127.0.0.1:{port}", spec, secs)
+                used = cpu_seconds(server.pid) - before
+                return dict(iops=iops, mbps=0, lat=0, p99=0, cpu=used * 1e6 / (iops * secs), rss=peak_kib(server.pid) / 1024)
             fio = subprocess.run(
                 ["fio", "--name=j", "--ioengine=nbd", f"--uri={uri}", "--time_based", f"--runtime={secs}", "--norandommap",
                  "--group_reporting", "--output-format=json"] + [f"--{k}={v}" for k, v in spec.items()],
@@ -155,7 +172,8 @@ def main():
     p.add_argument("--dirs", default="/dev/shm")
     p.add_argument("--formats", default="raw,qcow2")
     p.add_argument("--transports", default="unix")
-    p.add_argument("--work", default=",".join(WORK))
+    p.add_argument("--client", default="fio")
+    p.add_argument("--work")
     p.add_argument("-n", type=int, default=3)
     p.add_argument("--secs", type=int, default=3)
     p.add_argument("--size", type=int, default=1024, metavar="MIB")
@@ -166,6 +184,8 @@ def main():
     if a.list:
         print("\n".join(WORK))
         return
+    if not a.work:
+        a.work = ",".join(WORK) if a.client == "fio" else "randread-4k-q1,randread-4k-q16,randwrite-4k-q1,randwrite-4k-q16"
     split = lambda s: [w for w in s.split(",") if w]
     for w in split(a.work):
         if w not in WORK:
@@ -189,7 +209,7 @@ def main():
                 got = {w: [] for w in who}
                 for _ in range(a.n):
                     for name, fmt in who:
-                        got[name, fmt].append(run(name, commands[name], images[fmt], fmt, transport, spec, a.secs))
+                        got[name, fmt].append(run(name, commands[name], images[fmt], fmt, transport, spec, a.secs, a.client))
                 med = {w: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for w, rs in got.items()}
                 for w, m in med.items():
                     rel = "; ".join(f"/{o}: iops {i:.2f} cpu {c:.2f}" for o, i, c in ratios(w, med))
