@@ -70,7 +70,7 @@ type NewImage struct {
 	// Options are those of the format and of the protocol, and size, backing_file and
 	// backing_fmt in place of the fields below. nil: none.
 	Options *Options
-	// Size is in bytes, and rounded up to 512. nil: that of the backing file.
+	// Size is in bytes; a format may round it up. nil: that of the backing file.
 	Size *int64
 	// Backing is the name of the backing file, relative to the image's folder; nil: none.
 	Backing       *string
@@ -151,7 +151,6 @@ func (g *Graph) CreateImage(ctx context.Context, i NewImage) (size int64, err er
 	case c.Size > maxOffset:
 		return 0, tooLarge(format)
 	}
-	c.Size = (c.Size + 511) &^ 511
 	if err := format.Creator.Create(ctx, c); err != nil {
 		if c.Undo != nil {
 			err = errors.Join(err, c.Undo())
@@ -222,7 +221,7 @@ func (g *Graph) backingSize(ctx context.Context, i NewImage, c *Creation) (size 
 	}
 	if i.Unchecked {
 		if c.BackingFormat == "" {
-			return 0, errNoBackingFormat
+			return 0, ErrNoBackingFormat
 		}
 		return 0, nil
 	}
@@ -232,7 +231,7 @@ func (g *Graph) backingSize(ctx context.Context, i NewImage, c *Creation) (size 
 	}
 	defer func() { err = errors.Join(err, g.Release(ctx, b)) }()
 	if c.BackingFormat == "" {
-		return 0, fmt.Errorf("%w; the detected format is %s", errNoBackingFormat, b.driver.Name)
+		return 0, fmt.Errorf("%w; the detected format is %s", ErrNoBackingFormat, b.driver.Name)
 	}
 	g.mu.Lock()
 	below := topological(b)
@@ -245,7 +244,8 @@ func (g *Graph) backingSize(ctx context.Context, i NewImage, c *Creation) (size 
 	return b.Size(), nil
 }
 
-var errNoBackingFormat = refuse(ErrInvalid, "Backing file specified without backing format")
+// ErrNoBackingFormat is returned by [Graph.CreateImage] for a backing file whose format is not stated.
+var ErrNoBackingFormat = refuse(ErrInvalid, "Backing file specified without backing format")
 
 // ImageSizes are the sizes of the file that an image would take, in bytes, by the
 // names of qemu-img measure.

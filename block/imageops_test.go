@@ -89,12 +89,12 @@ func TestG26RulesOfCreation(t *testing.T) {
 		{block.NewImage{Format: "img", Size: size(1), BackingFormat: "img"}, "", "Backing format 'img' is given without a backing file", ""},
 		{block.NewImage{Format: "img", Size: size(1), Backing: name("b"), BackingFormat: "xyz"}, "", "Unknown backing file format 'xyz'", ""},
 
-		{block.NewImage{Format: "img", Size: size(1)}, "cluster_size=4k", "", "image f of 512 bytes over '' (), &{ClusterSize:4096}"},
+		{block.NewImage{Format: "img", Size: size(1)}, "cluster_size=4k", "", "image f of 1 bytes over '' (), &{ClusterSize:4096}"},
 		{block.NewImage{Format: "img"}, "size=1M", "", "image f of 1048576 bytes over '' (), &{ClusterSize:0}"},
 		{block.NewImage{Format: "img", Size: size(0)}, "", "", "image f of 0 bytes over '' (), &{ClusterSize:0}"},
-		{block.NewImage{Filename: "file:f", Format: "plain", Size: size(513)}, "", "", "image f of 1024 bytes over '' (), &{ClusterSize:0}"},
-		{block.NewImage{Format: "img", Backing: name("b"), BackingFormat: "img"}, "", "", "image f of 1024 bytes over 'b' (img), &{ClusterSize:0}"},
-		{block.NewImage{Format: "img"}, "backing_file=b,backing_fmt=img", "", "image f of 1024 bytes over 'b' (img), &{ClusterSize:0}"},
+		{block.NewImage{Filename: "file:f", Format: "plain", Size: size(513)}, "", "", "image f of 513 bytes over '' (), &{ClusterSize:0}"},
+		{block.NewImage{Format: "img", Backing: name("b"), BackingFormat: "img"}, "", "", "image f of 1000 bytes over 'b' (img), &{ClusterSize:0}"},
+		{block.NewImage{Format: "img"}, "backing_file=b,backing_fmt=img", "", "image f of 1000 bytes over 'b' (img), &{ClusterSize:0}"},
 		{block.NewImage{Format: "img", Size: size(5120), Backing: name("b"), BackingFormat: "img", Unchecked: true}, "", "", "image f of 5120 bytes over 'b' (img), &{ClusterSize:0}"},
 	} {
 		m := new(maker)

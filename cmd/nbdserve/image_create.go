@@ -65,6 +65,9 @@ func create(c *cli.Context, i block.NewImage) (err error) {
 	g := newToolGraph(c)
 	defer func() { err = errors.Join(err, g.Close(ctx)) }()
 	size, err := g.CreateImage(ctx, i)
+	if errors.Is(err, block.ErrNoBackingFormat) {
+		return fmt.Errorf("%w; state the format with -F", err)
+	}
 	if err != nil || c.Bool("quiet") {
 		return err
 	}

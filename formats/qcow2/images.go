@@ -87,6 +87,7 @@ func (images) Create(ctx context.Context, c *block.Creation) error {
 	if err != nil {
 		return err
 	}
+	c.Size = (c.Size + 511) &^ 511
 	if err := c.CreateFile(ctx, 0); err != nil {
 		return err
 	}
