@@ -180,6 +180,12 @@ func leaseRig(t blocktest.TB, u setup, disks ...*disk) *rig {
 	return r
 }
 
+// awaitFigures waits until an export tells that it is inactive, which it does after its disk is free.
+func awaitFigures(t blocktest.TB, e *Export) {
+	t.Helper()
+	waitFor(t, "the figures of an inactive export", func() bool { return !e.Activity().Active })
+}
+
 // awaitInactive waits until d is free again.
 func awaitInactive(t blocktest.TB, d *disk) {
 	t.Helper()
@@ -217,6 +223,7 @@ func TestImageIsHeldWhileThereIsAClient(t *testing.T) {
 		if s := d.took(); s != "activate inactivate" {
 			t.Errorf("it did: %s", s)
 		}
+		awaitFigures(t, r.e)
 		if a := r.e.Activity(); a.Active || a.Activations != 1 || a.Inactivations != 1 {
 			t.Errorf("%+v", a)
 		}
@@ -660,6 +667,7 @@ func TestNodeOfTwoExportsIsActiveWhileOneNeedsIt(t *testing.T) {
 	wantErrno(t, "READ", b.do(cmdRead, 0, 0, 512), 0)
 	b.nc.Close()
 	awaitInactive(t, d)
+	awaitFigures(t, r.e)
 	if s := d.took(); s != "activate inactivate" || other.Activity() != r.e.Activity() {
 		t.Errorf("it did: %s; %+v and %+v", s, other.Activity(), r.e.Activity())
 	}
